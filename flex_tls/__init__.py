@@ -1,0 +1,48 @@
+"""Two-level sparse attention with asynchronous KV offload, on torch.compile and FlexAttention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+_root = Path(__file__).resolve().parent.parent
+if not (Path(__file__).parent / "masks").is_dir() and (_root / "masks" / "__init__.py").is_file():
+    # A checkout on sys.path before the installed package: masks/ and offload/ lie beside this folder, not in it
+    __path__.append(str(_root))
+
+from .attention import BackendUnavailable, two_level_attention  # noqa: E402
+from .config import TLSConfig  # noqa: E402
+from .index import KVIndex  # noqa: E402
+from .selection import BlockSelection, TokenSelection, select_blocks, select_tokens  # noqa: E402
+
+if TYPE_CHECKING:
+    from .cache import TLSCache
+    from .integrations.huggingface import disable, enable
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendUnavailable",
+    "BlockSelection",
+    "KVIndex",
+    "TLSCache",
+    "TLSConfig",
+    "TokenSelection",
+    "disable",
+    "enable",
+    "select_blocks",
+    "select_tokens",
+    "two_level_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs transformers only when asked for: ``import flex_tls`` needs torch alone."""
+    if name == "TLSCache":
+        from .cache import TLSCache
+
+        return TLSCache
+    if name in ("enable", "disable"):
+        from .integrations import huggingface
+
+        return getattr(huggingface, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,115 @@
+"""What two-level attention keeps, and how its index is built: one frozen, validated object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+IndexKind = Literal["lowrank", "box", "quest", "mean", "oracle"]
+GroupReduce = Literal["softmax_mean", "max", "mean"]
+BlockReduce = Literal["max", "logsumexp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TLSConfig:
+    """Settings of two-level attention. Every budget counts tokens per KV head and query token.
+
+    Attributes:
+        block_size: tokens per block; 16, 32, 64 or 128. Smaller blocks retrieve better, larger ones read faster.
+        block_budget: tokens kept by the block filter (level 1), sinks and recent window included.
+        token_budget: tokens kept inside those blocks (level 2), sinks and recent window included;
+            ``None`` keeps every token of the kept blocks.
+        sink_tokens: first tokens of the sequence, always kept.
+        recent_tokens: newest tokens, the query's own included, always kept; at least 1.
+        index: how level 1 scores a block. ``"lowrank"``: best label score of its tokens (default);
+            ``"quest"``: upper bound from per-channel min and max (Quest, arXiv 2406.10774);
+            ``"box"``: the same with the radius damped by ``box_radius``; ``"mean"``: mean key;
+            ``"oracle"``: exact keys kept as labels, for tests and upper bounds.
+        label_dims: channels of a token label (C), cut to the head dimension.
+        label_bits: bits per label channel; 2, 4 or 8.
+        block_reduce: how ``"lowrank"`` and ``"oracle"`` turn token scores into a block score.
+        box_radius: share of a box's half-width that counts; 1 is Quest's bound, 0 its mid-point.
+        group_reduce: how the query heads of one KV head agree. ``"softmax_mean"``: mean of each head's softmax;
+            ``"max"``/``"mean"``: of the raw scores.
+        dense_layers: first layers of a model that stay dense (used by ``TLSCache``, not by the operator).
+        sparse_query_tokens: chunks of more query tokens than this attend densely in a model (prefill).
+    """
+
+    block_size: int = 64
+    block_budget: int = 8192
+    token_budget: int | None = 1024
+    sink_tokens: int = 64
+    recent_tokens: int = 64
+    index: IndexKind = "lowrank"
+    label_dims: int = 32
+    label_bits: int = 4
+    block_reduce: BlockReduce = "max"
+    box_radius: float = 0.35
+    group_reduce: GroupReduce = "softmax_mean"
+    dense_layers: int = 2
+    sparse_query_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        self._choice("block_size", (16, 32, 64, 128))
+        self._choice("label_bits", (2, 4, 8))
+        self._choice("index", get_args(IndexKind))
+        self._choice("group_reduce", get_args(GroupReduce))
+        self._choice("block_reduce", get_args(BlockReduce))
+        self._at_least("sink_tokens", 0)
+        self._at_least("recent_tokens", 1)
+        self._at_least("label_dims", 1)
+        self._at_least("dense_layers", 0)
+        self._at_least("sparse_query_tokens", 1)
+        if self.label_dims * self.label_bits % 8:
+            raise ValueError(
+                f"label_dims: expected whole bytes a label, got {self.label_dims} channels of {self.label_bits} bits; "
+                f"use a multiple of {8 // self.label_bits}"
+            )
+        if not 0.0 <= self.box_radius <= 1.0:
+            raise ValueError(f"box_radius: expected a share between 0 and 1, got {self.box_radius}")
+        least = self.forced_blocks * self.block_size
+        if self.block_budget < least:
+            raise ValueError(
+                f"block_budget: expected at least {least} tokens ({self.forced_blocks} blocks of {self.block_size} "
+                f"hold sink_tokens={self.sink_tokens} and recent_tokens={self.recent_tokens}), got {self.block_budget}"
+                "; raise the budget or keep fewer sinks and recent tokens"
+            )
+        if self.token_budget is not None:
+            forced = self.sink_tokens + self.recent_tokens
+            if self.token_budget < forced:
+                raise ValueError(
+                    f"token_budget: expected at least sink_tokens + recent_tokens = {forced}, got {self.token_budget}; "
+                    "raise the budget or keep fewer sinks and recent tokens"
+                )
+            if self.token_budget > self.block_budget:
+                raise ValueError(
+                    f"token_budget: expected at most block_budget = {self.block_budget}, got {self.token_budget}; "
+                    "level 2 chooses inside what level 1 kept (None keeps all of it)"
+                )
+
+    @property
+    def forced_blocks(self) -> int:
+        """Most blocks that sinks and recent window can touch: the window may straddle one more boundary."""
+        sinks = -(-self.sink_tokens // self.block_size)
+        return sinks + -(-(self.recent_tokens - 1) // self.block_size) + 1
+
+    @property
+    def kept_blocks(self) -> int:
+        """K: blocks that the block budget pays for."""
+        return self.block_budget // self.block_size
+
+    @property
+    def dense_up_to_tokens(self) -> int:
+        """Longest context of which the budgets drop nothing, so that dense attention gives the same result."""
+        held = self.kept_blocks * self.block_size
+        return held if self.token_budget is None else min(held, self.token_budget)
+
+    def _choice(self, field: str, allowed: tuple[object, ...]) -> None:
+        value = getattr(self, field)
+        if value not in allowed:
+            raise ValueError(f"{field}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+    def _at_least(self, field: str, least: int) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{field}: expected an integer of at least {least}, got {value!r}")

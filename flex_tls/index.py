@@ -1,0 +1,276 @@
+"""The index of one layer: token labels for both levels and, for some kinds, block summaries for level 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._check import check_no_nan, check_seq_lens, check_tensor
+from .config import TLSConfig
+from .labels import TokenLabels
+from .summaries import BlockSummary, MeanSummary, MinMaxSummary
+
+
+class KVIndex:
+    """What selection knows of a layer's keys, grown as tokens come.
+
+    Rows are left aligned: token s of row b sits at slot s, and slots from ``seq_lens[b]`` on are never read
+    (:func:`flex_tls.ragged.align_left` turns a left-padded batch into this). Buffers are allocated once for
+    ``capacity_tokens`` and keep their addresses; :meth:`append` writes in place and does not synchronise.
+
+    Attributes:
+        seq_lens: int64 [B], tokens held by each row.
+        max_len: upper bound on the longest row, known to the host.
+        fitted_tokens: longest row that the labels' projection was fitted on; 0 before the first fit.
+        capacity_tokens: tokens that a row can hold (S).
+    """
+
+    def __init__(
+        self,
+        cfg: TLSConfig,
+        *,
+        batch_size: int,
+        n_kv_heads: int,
+        head_dim: int,
+        capacity_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("n_kv_heads", n_kv_heads), ("head_dim", head_dim)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if capacity_tokens < 1:
+            raise ValueError(f"capacity_tokens: expected room for at least 1 token, got {capacity_tokens}")
+        device = torch.device(device)
+        self.cfg = cfg
+        self.dtype = dtype
+        self.capacity_tokens = capacity_tokens
+        self.n_blocks = -(-capacity_tokens // cfg.block_size)
+        self.seq_lens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.max_len = 0
+        self.fitted_tokens = 0
+        bits = None if cfg.index == "oracle" else cfg.label_bits
+        per_byte = 8 // cfg.label_bits
+        dims = min(cfg.label_dims, head_dim // per_byte * per_byte)
+        if dims < 1:
+            raise ValueError(f"head_dim: expected at least {per_byte} for {cfg.label_bits}-bit labels, got {head_dim}")
+        # Whole blocks: selection then never meets a ragged edge, on which Inductor's C++ (torch 2.13) reads stale memory
+        self.labels = TokenLabels.empty(
+            batch_size, n_kv_heads, self.n_blocks * cfg.block_size, head_dim, dims=dims, bits=bits, device=device
+        )
+        shape = (batch_size, n_kv_heads, self.n_blocks, head_dim)
+        self.summary: BlockSummary | None = None
+        if cfg.index in ("quest", "box"):
+            radius = 1.0 if cfg.index == "quest" else cfg.box_radius
+            self.summary = MinMaxSummary(*shape, dtype, device, radius)
+        elif cfg.index == "mean":
+            self.summary = MeanSummary(*shape, dtype, device)
+
+    @classmethod
+    def build(
+        cls,
+        k: Tensor,
+        cfg: TLSConfig,
+        seq_lens: Tensor | None = None,
+        q: Tensor | None = None,
+        capacity_tokens: int | None = None,
+    ) -> KVIndex:
+        """Index a prompt: allocate, :meth:`fit`, :meth:`append`.
+
+        Args:
+            k: keys [B, HKV, S, D], un-repeated, after rotary embedding, rows left aligned.
+            cfg: block size, index kind, label width.
+            seq_lens: int [B], tokens of each row; all S by default.
+            q: the prompt's queries [B, HQ, T, D], the last T tokens of each row; they weight the labels' projection.
+            capacity_tokens: room for later tokens; S by default (then nothing can be appended).
+
+        Raises:
+            ValueError: empty rows, lengths beyond S, NaN in the keys, capacity below S.
+        """
+        check_tensor("k", k, (None, None, None, None), "B, HKV, S, D")
+        b, h, s, d = k.shape
+        capacity = s if capacity_tokens is None else capacity_tokens
+        if s < 1:
+            raise ValueError("k: expected at least 1 token, got 0; an empty sequence has no index")
+        if capacity < s:
+            raise ValueError(f"capacity_tokens: expected at least {s}, the keys' length, got {capacity}")
+        lens = check_seq_lens(seq_lens, b, s, k.device)
+        index = cls(
+            cfg, batch_size=b, n_kv_heads=h, head_dim=d, capacity_tokens=capacity, dtype=k.dtype, device=k.device
+        )
+        index.fit(k, lens, q)
+        index.append(k, None if seq_lens is None else lens)
+        return index
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.seq_lens.shape[0]
+
+    @property
+    def n_kv_heads(self) -> int:
+        """HKV."""
+        return self.labels.codes.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.labels.center.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, labels, projection and summaries."""
+        return sum(x.numel() * x.element_size() for x in self._tensors())
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes a step reads to score one token of one KV head: its label and its share of the block summary."""
+        codes = self.labels.codes
+        total = codes.shape[-1] * codes.element_size()
+        if self.summary is None:
+            return float(total)
+        wide = sum(x.shape[-1] * x.element_size() for x in self.summary.tensors.values())
+        return total + wide / self.cfg.block_size
+
+    @property
+    def kv_share(self) -> float:
+        """``nbytes`` as a share of the bytes of the keys and values of the same capacity."""
+        kv = 2 * self.batch_size * self.n_kv_heads * self.capacity_tokens * self.head_dim * self.dtype.itemsize
+        return self.nbytes / kv
+
+    def fit(self, k: Tensor, seq_lens: Tensor | None = None, q: Tensor | None = None) -> None:
+        """Choose the labels' projection and quantiser from k [B, HKV, S, D] and, if given, q [B, HQ, T, D].
+
+        Sinks are left out where a row is longer: they are always kept, and their outlying keys would stretch the
+        quantiser's range. Synchronises with the device; call at prefill, never in a captured step.
+        """
+        self._check_keys("k", k)
+        lens = check_seq_lens(seq_lens, self.batch_size, k.shape[2], k.device)
+        slot = torch.arange(k.shape[2], device=k.device)
+        valid = slot < lens[:, None]
+        check_no_nan("k", k, valid)
+        weight = valid & ((slot >= self.cfg.sink_tokens) | (lens[:, None] <= self.cfg.sink_tokens))
+        q_weight = None
+        if q is not None:
+            check_tensor("q", q, (self.batch_size, None, None, self.head_dim), "B, HQ, T, D", like=k)
+            if q.shape[1] % self.n_kv_heads:
+                raise ValueError(f"q: expected HQ to be a multiple of HKV = {self.n_kv_heads}, got {q.shape[1]}")
+            if q.shape[2] == k.shape[2]:
+                q_weight = valid
+            else:
+                q_weight = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+        self.labels.fit(k, weight, q, q_weight)
+        self.fitted_tokens = int(lens.max())
+
+    def refit(self, k: Tensor) -> None:
+        """Choose the projection anew from the cached keys k [B, HKV, S, D] and label every token again.
+
+        For contexts that outgrew the prompt. The queries' second moment of the first fit is kept. Synchronises.
+        """
+        lens = self.seq_lens.clone()
+        self.fit(k, lens)
+        self.labels.codes[:, :, : k.shape[2]] = self.labels.encode(k)
+
+    def append(self, k_new: Tensor, counts: Tensor | None = None) -> None:
+        """Take new keys k_new [B, HKV, T, D], in place. ``counts`` int64 [B]: valid keys of each row (default T).
+
+        Without ``counts`` nothing synchronises and nothing but temporaries is allocated, so that a decode step can be
+        captured; with ``counts`` (ragged prefill) the valid keys are looked up on the host's order.
+        """
+        self._check_keys("k_new", k_new)
+        t = k_new.shape[2]
+        if counts is None:
+            position = self.seq_lens[:, None] + torch.arange(t, device=k_new.device)
+            longest = self.max_len + t
+            self._check_room(longest)
+            where = position[:, None, :, None]
+            codes = self.labels.encode(k_new)
+            self.labels.codes.scatter_(2, where.expand(codes.shape), codes)
+            if self.summary is not None:
+                self.summary.add(k_new, position // self.cfg.block_size)
+            self.seq_lens += t
+        else:
+            if counts.shape != (self.batch_size,):
+                raise ValueError(f"counts: expected shape ({self.batch_size},), got {tuple(counts.shape)}")
+            longest = int((self.seq_lens + counts).max())
+            self._check_room(longest)
+            valid = torch.arange(t, device=k_new.device) < counts[:, None]
+            position = self.seq_lens[:, None] + torch.arange(t, device=k_new.device)
+            row, token = valid.nonzero(as_tuple=True)
+            self.labels.codes[row, :, position[row, token]] = self.labels.encode(k_new)[row, :, token]
+            if self.summary is not None:
+                self.summary.add(k_new, torch.where(valid, position // self.cfg.block_size, self.n_blocks))
+            self.seq_lens += counts
+        self.max_len = longest
+
+    def crop(self, seq_lens: Tensor | int, k: Tensor | None = None) -> None:
+        """Keep the first ``seq_lens`` tokens of each row (an int, or int [B]); rows already shorter stay.
+
+        Args:
+            seq_lens: lengths to keep, at least 0.
+            k: cached keys [B, HKV, S', D]. Kinds with block summaries need them to summarise the cut block again.
+        """
+        keep = torch.as_tensor(seq_lens, device=self.seq_lens.device, dtype=torch.int64).expand(self.batch_size)
+        if int(keep.min()) < 0:
+            raise ValueError(f"seq_lens: expected at least 0 tokens to keep, got {int(keep.min())}")
+        keep = torch.minimum(keep, self.seq_lens)
+        if self.summary is not None:
+            if k is None:
+                raise ValueError(
+                    f"k: expected the cached keys, got None; index={self.cfg.index!r} must summarise the cut block again"
+                )
+            self._check_keys("k", k)
+            size = self.cfg.block_size
+            cut = keep // size
+            self.summary.forget_from(cut)
+            slot = cut[:, None] * size + torch.arange(size, device=k.device)
+            inside = slot < keep[:, None]
+            slot = slot.clamp_max(k.shape[2] - 1)
+            tail = k.gather(2, slot[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
+            self.summary.add(tail, torch.where(inside, cut[:, None], self.n_blocks))
+        self.seq_lens.copy_(keep)
+        self.max_len = int(keep.max())
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes the former row ``rows[i]`` (beam search); ``rows`` int64 [B'], the batch may change size.
+
+        With B' = B everything is written in place, otherwise new buffers are allocated.
+        """
+        for name, buffer in self.labels.tensors.items():
+            setattr(self.labels, name, _take_rows(buffer, rows))
+        if self.summary is not None:
+            for name, buffer in self.summary.tensors.items():
+                self.summary.tensors[name] = _take_rows(buffer, rows)
+        self.seq_lens = _take_rows(self.seq_lens, rows)
+
+    def reset(self) -> None:
+        """Forget every token and the fit; the buffers stay."""
+        self.seq_lens.zero_()
+        self.labels.query_moment.zero_()
+        self.max_len = 0
+        self.fitted_tokens = 0
+        if self.summary is not None:
+            self.summary.reset()
+
+    def _tensors(self) -> list[Tensor]:
+        extra = [] if self.summary is None else list(self.summary.tensors.values())
+        return [*self.labels.tensors.values(), self.seq_lens, *extra]
+
+    def _check_keys(self, name: str, k: Tensor) -> None:
+        check_tensor(name, k, (self.batch_size, self.n_kv_heads, None, self.head_dim), "B, HKV, S, D")
+        if k.dtype != self.dtype:
+            raise TypeError(f"{name}: expected dtype {self.dtype}, the index's, got {k.dtype}")
+        if k.device != self.seq_lens.device:
+            raise ValueError(f"{name}: expected device {self.seq_lens.device}, the index's, got {k.device}")
+
+    def _check_room(self, longest: int) -> None:
+        if longest > self.capacity_tokens:
+            raise ValueError(
+                f"index: expected at most capacity_tokens={self.capacity_tokens} tokens a row, {longest} needed; "
+                f"build it with capacity_tokens of at least {longest}"
+            )
+
+
+def _take_rows(buffer: Tensor, rows: Tensor) -> Tensor:
+    taken = buffer.index_select(0, rows.to(buffer.device))
+    return buffer.copy_(taken) if taken.shape == buffer.shape else taken

@@ -1,0 +1,142 @@
+"""Token labels: every key in a few quantised dimensions, so that ``label . query`` approximates ``key . query``.
+
+Per row and KV head, from the prompt alone. With Ck the second moment of the centred keys and Cq that of the prompt's
+queries, A = Cq^(1/2) and V the leading eigenvectors of A Ck A, a token's label is (A V)^T (k - mean) and the query
+becomes (A^-1 V)^T q: the error is weighted by what queries ask. Without queries A = I, which is plain PCA.
+Centring shifts all scores of one query by the same amount, which no ranking and no softmax sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class TokenLabels:
+    """Labels of one layer. Buffers stay at their addresses; everything is written in place.
+
+    Attributes:
+        codes: uint8 [B, HKV, S, C * bits / 8], or float32 [B, HKV, S, D] when ``bits`` is None (exact keys).
+        to_label: float32 [B, HKV, D, C], applied to centred keys.
+        to_query: float32 [B, HKV, D, C], applied to queries.
+        center: float32 [B, HKV, D], mean key.
+        low, step: float32 [B, HKV, C]; a channel's value is ``low + step * code``.
+        query_moment: float32 [B, HKV, D, D], second moment of the prompt's queries, kept for a later refit.
+    """
+
+    codes: Tensor
+    to_label: Tensor
+    to_query: Tensor
+    center: Tensor
+    low: Tensor
+    step: Tensor
+    query_moment: Tensor
+    bits: int | None
+
+    @classmethod
+    def empty(cls, b: int, h: int, s: int, d: int, *, dims: int, bits: int | None, device: torch.device) -> TokenLabels:
+        """Zeroed buffers for ``s`` tokens; ``bits=None`` keeps exact float32 keys (C = D, identity projection)."""
+        c = d if bits is None else dims
+        codes = (
+            torch.zeros(b, h, s, d, device=device)
+            if bits is None
+            else torch.zeros(b, h, s, c * bits // 8, dtype=torch.uint8, device=device)
+        )
+        eye = torch.eye(d, c, device=device).expand(b, h, d, c)
+        return cls(
+            codes=codes,
+            to_label=eye.clone(),
+            to_query=eye.clone(),
+            center=torch.zeros(b, h, d, device=device),
+            low=torch.zeros(b, h, c, device=device),
+            step=torch.ones(b, h, c, device=device),
+            query_moment=torch.zeros(b, h, d, d, device=device),
+            bits=bits,
+        )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The buffers by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "bits"}
+
+    def fit(self, k: Tensor, weight: Tensor, q: Tensor | None, q_weight: Tensor | None) -> None:
+        """Choose projection and quantiser. k [B, HKV, S, D]; weight bool [B, S]; q [B, HQ, T, D]; q_weight [B, T]."""
+        if q is not None and q_weight is not None:
+            self.query_moment.copy_(_query_moment(q, q_weight, k.shape[1]))
+        if self.bits is None:
+            return
+        k32 = k.float()
+        w = weight[:, None, :, None].to(torch.float32)
+        count = w.sum(2).clamp_min(1.0)
+        center = (k32 * w).sum(2) / count
+        centred = (k32 - center[:, :, None]) * w
+        ck = centred.transpose(-1, -2) @ centred / count[..., None]
+        root, inverse = _roots(self.query_moment)
+        _, vectors = torch.linalg.eigh(root @ ck @ root)
+        lead = vectors.flip(-1)[..., : self.low.shape[-1]]
+        self.center.copy_(center)
+        self.to_label.copy_(root @ lead)
+        self.to_query.copy_(inverse @ lead)
+        labels = (k32 - center[:, :, None]) @ self.to_label
+        out_of_reach = ~weight[:, None, :, None]
+        low = labels.masked_fill(out_of_reach, torch.inf).amin(2)
+        high = labels.masked_fill(out_of_reach, -torch.inf).amax(2)
+        levels = 2**self.bits - 1
+        self.low.copy_(low)
+        # One token, or a channel without spread: any step does, but not zero
+        self.step.copy_(((high - low) / levels).clamp_min(torch.finfo(torch.float32).tiny * 2**24))
+
+    def encode(self, k: Tensor) -> Tensor:
+        """Labels of keys k [B, HKV, T, D], in the dtype and width of ``codes``."""
+        if self.bits is None:
+            return k.float()
+        labels = (k.float() - self.center[:, :, None]) @ self.to_label
+        levels = 2**self.bits - 1
+        codes = ((labels - self.low[:, :, None]) / self.step[:, :, None]).round().clamp(0, levels).to(torch.uint8)
+        per_byte = 8 // self.bits
+        parts = codes.unflatten(-1, (per_byte, -1)).unbind(-2)
+        packed = parts[0]
+        for place, part in enumerate(parts[1:], start=1):
+            packed = packed | (part << (place * self.bits))
+        return packed
+
+    def scores(self, q: Tensor) -> Tensor:
+        """Approximate ``q . (k - center)`` of every slot. q [B, HKV, R, D] -> float32 [B, HKV, R, S]."""
+        if self.bits is None:
+            return q.float() @ self.codes.transpose(-1, -2)
+        asked = q.float() @ self.to_query
+        shift = (asked * self.low[:, :, None]).sum(-1, keepdim=True)
+        asked = (asked * self.step[:, :, None]).unflatten(-1, (8 // self.bits, -1))
+        scores = shift
+        for place in range(8 // self.bits):
+            values = (self.codes >> (place * self.bits)) & (2**self.bits - 1)
+            scores = scores + asked[..., place, :] @ values.to(torch.float32).transpose(-1, -2)
+        return scores
+
+
+def _query_moment(q: Tensor, weight: Tensor, n_kv_heads: int) -> Tensor:
+    """Second moment over a KV head's query heads and tokens, shrunk towards isotropy when queries are few."""
+    b, hq, t, d = q.shape
+    group = hq // n_kv_heads
+    rows = (q.float() * weight[:, None, :, None]).reshape(b, n_kv_heads, group * t, d)
+    total = rows.transpose(-1, -2) @ rows
+    count = (weight.sum(1, dtype=torch.float32) * group).clamp_min(1.0)[:, None, None, None]
+    moment = total / count
+    scale = moment.diagonal(dim1=-1, dim2=-2).mean(-1)[..., None, None]
+    # As if D isotropic queries had been seen beside the real ones: a short prompt must not blind the index
+    share = d / (count + d)
+    return (1 - share) * moment + share * scale * torch.eye(d, device=q.device)
+
+
+def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, A^-1) with A A = moment; the identity where no query was seen."""
+    d = moment.shape[-1]
+    eye = torch.eye(d, device=moment.device)
+    trace = moment.diagonal(dim1=-1, dim2=-2).sum(-1)[..., None, None]
+    unit = torch.where(trace > 0, moment / trace.clamp_min(torch.finfo(torch.float32).tiny) * d, eye)
+    values, vectors = torch.linalg.eigh(unit)
+    sigma = values.clamp_min(1e-4).sqrt()[..., None, :]
+    return (vectors * sigma) @ vectors.transpose(-1, -2), (vectors / sigma) @ vectors.transpose(-1, -2)

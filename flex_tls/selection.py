@@ -1,0 +1,254 @@
+"""The two levels of selection: which blocks, and which tokens inside them. Every query token selects for itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._check import check_tensor
+from .config import TLSConfig
+from .index import KVIndex
+from .mods import MaskMod, ScoreMod, apply_mods, query_positions
+
+
+@dataclass(frozen=True)
+class BlockSelection:
+    """Blocks kept by level 1, per KV head and query token.
+
+    Attributes:
+        indices: int32 [B, HKV, T, K], ascending; entries past the count hold N.
+        counts: int32 [B, HKV, T].
+        n_blocks: N, blocks that the cache has room for.
+        block_size: tokens per block.
+        group: G, query heads per KV head.
+        capacity_tokens: S, slots of the cache.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    n_blocks: int
+    block_size: int
+    group: int
+    capacity_tokens: int
+
+    def kept(self) -> Tensor:
+        """Bool [B, HKV, T, N]: block n is kept."""
+        b, h, t, _ = self.indices.shape
+        kept = torch.zeros(b, h, t, self.n_blocks + 1, dtype=torch.bool, device=self.indices.device)
+        return kept.scatter(3, self.indices.long(), True)[..., :-1]
+
+
+@dataclass(frozen=True)
+class TokenSelection:
+    """Tokens kept by both levels.
+
+    Attributes:
+        mask: bool [B, HKV, T, N * block_size]; False outside the kept blocks, past the query's own position and past the row.
+        positions: int64 [B, T], logical positions of the query tokens.
+        group: G, query heads per KV head.
+    """
+
+    mask: Tensor
+    positions: Tensor
+    group: int
+
+    @property
+    def counts(self) -> Tensor:
+        """Int64 [B, HKV, T], tokens kept."""
+        return self.mask.sum(-1)
+
+    def indices(self, width: int) -> Tensor:
+        """Int32 [B, HKV, T, width], ascending; entries past the count hold N * block_size."""
+        s = self.mask.shape[-1]
+        slot = torch.arange(s, device=self.mask.device, dtype=torch.int32)
+        return torch.where(self.mask, slot, s).sort(-1).values[..., :width]
+
+
+def select_blocks(
+    q: Tensor,
+    index: KVIndex,
+    cfg: TLSConfig,
+    *,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    scale: float | None = None,
+) -> BlockSelection:
+    """Level 1: keep the blocks with the best scores, and always the sinks and the recent window.
+
+    Args:
+        q: queries [B, HQ, T, D], the last T tokens of each row, already in the index.
+        index: index of the layer's keys.
+        cfg: budgets and reductions; block size and index kind must be the index's.
+        score_mod: applied to label scores ("lowrank", "oracle"); other kinds score blocks without it.
+        mask_mod: what it masks is not selected.
+        scale: of the scores, 1/sqrt(D) by default.
+
+    Returns:
+        At most ``block_budget`` tokens' worth of blocks a query token. Ties go to the lower block.
+
+    Source: AsyncTLS, arXiv 2604.07815 (level 1).
+    """
+    _check(q, index, cfg)
+    tokens = token_scores(q, index, score_mod, mask_mod, scale) if _by_labels(cfg) else None
+    return blocks_from_scores(q, index, cfg, tokens, mask_mod, scale)
+
+
+def select_tokens(
+    q: Tensor,
+    index: KVIndex,
+    blocks: BlockSelection,
+    cfg: TLSConfig,
+    *,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    scale: float | None = None,
+) -> TokenSelection:
+    """Level 2: inside ``blocks`` keep the ``token_budget`` tokens with the best label scores, sinks and window first.
+
+    Arguments as in :func:`select_blocks`. Ties go to the lower position. Source: arXiv 2604.07815 (level 2).
+    """
+    _check(q, index, cfg)
+    return tokens_from_scores(index, cfg, blocks, token_scores(q, index, score_mod, mask_mod, scale))
+
+
+def select(
+    q: Tensor,
+    index: KVIndex,
+    cfg: TLSConfig,
+    score_mod: ScoreMod | None,
+    mask_mod: MaskMod | None,
+    scale: float | None,
+) -> tuple[BlockSelection, TokenSelection]:
+    """Both levels, with the label scores computed once. Unchecked: for the backends."""
+    scores = token_scores(q, index, score_mod, mask_mod, scale)
+    blocks = blocks_from_scores(q, index, cfg, scores, mask_mod, scale)
+    return blocks, tokens_from_scores(index, cfg, blocks, scores)
+
+
+def token_scores(
+    q: Tensor, index: KVIndex, score_mod: ScoreMod | None, mask_mod: MaskMod | None, scale: float | None
+) -> Tensor:
+    """Label scores after the mods, -inf where a query must not look: float32 [B, HKV, G, T, N * block_size]."""
+    b, hq, t, d = q.shape
+    hkv = index.n_kv_heads
+    scores = index.labels.scores(q.reshape(b, hkv, hq // hkv * t, d)) * _scale(scale, d)
+    scores = scores.view(b, hkv, hq // hkv, t, -1)
+    return apply_mods(scores, query_positions(index.seq_lens, t), index.capacity_tokens, score_mod, mask_mod)
+
+
+def blocks_from_scores(
+    q: Tensor, index: KVIndex, cfg: TLSConfig, tokens: Tensor | None, mask_mod: MaskMod | None, scale: float | None
+) -> BlockSelection:
+    """Level 1 from label scores ``tokens`` (kinds scored by labels) or from the index's block summaries."""
+    b, hq, t, d = q.shape
+    hkv, n, size = index.n_kv_heads, index.n_blocks, cfg.block_size
+    group = hq // hkv
+    if index.summary is None:
+        assert tokens is not None
+        scores = _per_block(tokens, n, size)
+        scores = scores.amax(-1) if cfg.block_reduce == "max" else scores.logsumexp(-1)
+    else:
+        scores = index.summary.scores(q.reshape(b, hkv, group * t, d)) * _scale(scale, d)
+        scores = scores.view(b, hkv, group, t, n)
+    position = query_positions(index.seq_lens, t)[:, None, :, None]
+    block = torch.arange(n, device=q.device)
+    own = torch.div(position, size, rounding_mode="floor")
+    allowed = block <= own
+    if index.summary is not None:
+        # The newest block's summary may hold tokens later than the query: it is kept anyway, so leave it unscored
+        scores = scores.masked_fill(~(block < own)[:, :, None], -torch.inf)
+        if mask_mod is not None:
+            slots = torch.zeros(b, hkv, group, t, n * size, device=q.device)
+            seen = apply_mods(slots, position[:, 0, :, 0], index.capacity_tokens, None, mask_mod)
+            scores = scores.masked_fill(_per_block(seen, n, size).isneginf().all(-1), -torch.inf)
+    rank = reduce_group(scores, cfg)
+    forced = block * size < cfg.sink_tokens
+    forced = forced | ((block + 1) * size > position - cfg.recent_tokens + 1)
+    rank = torch.where(forced, torch.inf, rank).masked_fill(~allowed, -torch.inf)
+    k = min(cfg.kept_blocks, n)
+    best, order = rank.sort(dim=-1, descending=True, stable=True)
+    chosen = best[..., :k] > -torch.inf
+    indices = torch.where(chosen, order[..., :k], n).sort(-1).values
+    return BlockSelection(indices.int(), chosen.sum(-1).int(), n, size, group, index.capacity_tokens)
+
+
+def tokens_from_scores(index: KVIndex, cfg: TLSConfig, blocks: BlockSelection, scores: Tensor) -> TokenSelection:
+    """Level 2 from label scores [B, HKV, G, T, N * block_size] that are -inf where a query must not look."""
+    s, t = scores.shape[-1], scores.shape[-2]
+    positions = query_positions(index.seq_lens, t)
+    slot = torch.arange(s, device=scores.device)
+    position = positions[:, None, :, None]
+    inside = blocks.kept().repeat_interleave(cfg.block_size, -1) & (slot <= position)
+    if cfg.token_budget is None or cfg.token_budget >= s:
+        return TokenSelection(inside, positions, blocks.group)
+    rank = reduce_group(scores.masked_fill(~inside[:, :, None], -torch.inf), cfg)
+    forced = (slot < cfg.sink_tokens) | (slot > position - cfg.recent_tokens)
+    rank = torch.where(forced, torch.inf, rank).masked_fill(~inside, -torch.inf)
+    return TokenSelection(keep_best(rank, cfg.token_budget) & inside, positions, blocks.group)
+
+
+def keep_best(rank: Tensor, k: int) -> Tensor:
+    """Bool of rank's shape [..., S]: the k largest, ties to the lower place; -inf is never kept. rank float32, no NaN."""
+    s = rank.shape[-1]
+    # Score and place in one integer: no two are equal, so the k-th largest cuts exactly, without counting ties.
+    # Positive floats order as their bits do, negative ones the other way round; -0.0 must tie with 0.0
+    bits = torch.where(rank == 0, 0.0, rank).view(torch.int32).long()
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = ordered * 2**32 + (s - torch.arange(s, device=rank.device))
+    edge = key.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    return (key >= edge) & (rank > -torch.inf)
+
+
+def reduce_group(scores: Tensor, cfg: TLSConfig) -> Tensor:
+    """One rank for the query heads of a KV head: [B, HKV, G, T, N] -> [B, HKV, T, N]; -inf where all heads are."""
+    dead = scores.isneginf()
+    if cfg.group_reduce == "max":
+        return scores.amax(2)
+    if cfg.group_reduce == "softmax_mean":
+        # A head that may look nowhere would give NaN; it has no say instead
+        top = scores.amax(-1, keepdim=True)
+        weight = (scores - torch.where(top.isneginf(), 0.0, top)).exp()
+        value = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        rank = value.mean(2)
+    else:
+        alive = (~dead).sum(2).clamp_min(1)
+        rank = scores.masked_fill(dead, 0.0).sum(2) / alive
+    return rank.masked_fill(dead.all(2), -torch.inf)
+
+
+def _per_block(tokens: Tensor, n_blocks: int, size: int) -> Tensor:
+    """[..., N * block_size] -> [..., N, block_size]."""
+    return tokens.unflatten(-1, (n_blocks, size))
+
+
+def _by_labels(cfg: TLSConfig) -> bool:
+    return cfg.index in ("lowrank", "oracle")
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    return 1 / math.sqrt(head_dim) if scale is None else scale
+
+
+def _check(q: Tensor, index: KVIndex, cfg: TLSConfig) -> None:
+    check_tensor("q", q, (index.batch_size, None, None, index.head_dim), "B, HQ, T, D")
+    check_query(q, index, cfg)
+
+
+def check_query(q: Tensor, index: KVIndex, cfg: TLSConfig) -> None:
+    """Raise unless queries, index and configuration belong together."""
+    if q.device != index.seq_lens.device:
+        raise ValueError(f"q: expected device {index.seq_lens.device}, the index's, got {q.device}; move one of them")
+    if q.shape[1] % index.n_kv_heads or q.shape[1] == 0:
+        raise ValueError(f"q: expected HQ to be a multiple of HKV = {index.n_kv_heads}, got {q.shape[1]}")
+    if q.shape[2] < 1:
+        raise ValueError("q: expected at least 1 query token (T), got 0")
+    if index.max_len < 1:
+        raise ValueError("index: expected at least 1 token, got an empty index; append the keys before attending")
+    if (cfg.block_size, cfg.index) != (index.cfg.block_size, index.cfg.index):
+        raise ValueError(
+            f"cfg: expected the index's block_size={index.cfg.block_size} and index={index.cfg.index!r}, "
+            f"got {cfg.block_size} and {cfg.index!r}; build the index again to change them"
+        )

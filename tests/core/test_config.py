@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+import flex_tls as tls
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_size": 48}, r"block_size: expected one of 16, 32, 64, 128, got 48"),
+        ({"index": "magic"}, r"index: expected one of 'lowrank'.*got 'magic'"),
+        ({"label_bits": 3}, r"label_bits: expected one of 2, 4, 8, got 3"),
+        ({"label_dims": 3}, r"label_dims: expected whole bytes a label.*multiple of 2"),
+        ({"recent_tokens": 0}, r"recent_tokens: expected an integer of at least 1, got 0"),
+        ({"sink_tokens": 1.5}, r"sink_tokens: expected an integer of at least 0, got 1.5"),
+        ({"block_budget": 128}, r"block_budget: expected at least 192 tokens.*got 128; raise the budget"),
+        ({"token_budget": 100}, r"token_budget: expected at least sink_tokens \+ recent_tokens = 128, got 100"),
+        ({"token_budget": 9000}, r"token_budget: expected at most block_budget = 8192, got 9000"),
+        ({"box_radius": 2.0}, r"box_radius: expected a share between 0 and 1"),
+    ],
+)
+def test_a_bad_field_is_named_with_what_was_expected(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tls.TLSConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_the_configuration_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tls.TLSConfig().block_size = 32  # type: ignore[misc]
+
+
+def test_the_longest_context_that_loses_nothing() -> None:
+    assert tls.TLSConfig().dense_up_to_tokens == 1024
+    assert tls.TLSConfig(token_budget=None).dense_up_to_tokens == 8192
+
+
+def test_importing_the_package_needs_torch_alone_and_patches_nothing() -> None:
+    code = (
+        "import sys, torch\n"
+        "from torch.nn.functional import scaled_dot_product_attention as before\n"
+        "import flex_tls, flex_tls.masks, flex_tls.offload\n"
+        "assert torch.nn.functional.scaled_dot_product_attention is before\n"
+        "loaded = {'transformers', 'triton', 'typer', 'rich', 'matplotlib', 'masks', 'offload'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flex_tls import KVIndex, TLSConfig
+from flex_tls.labels import TokenLabels
+from flex_tls.ragged import align_left, align_right
+from tests.cases import KINDS, Case, cases
+
+CFG = TLSConfig(block_size=16, block_budget=64, token_budget=None, sink_tokens=4, recent_tokens=4, label_dims=8)
+
+
+def scores(index: KVIndex, q: torch.Tensor) -> list[torch.Tensor]:
+    """What selection would read: label scores of held tokens, and summary scores of blocks with tokens."""
+    b, hq, t, d = q.shape
+    folded = q.reshape(b, index.n_kv_heads, hq // index.n_kv_heads * t, d)
+    slot = torch.arange(index.labels.codes.shape[2])
+    held = (slot < index.seq_lens[:, None])[:, None, None]
+    parts = [index.labels.scores(folded).masked_fill(~held, 0.0)]
+    if index.summary is not None:
+        block = torch.arange(index.n_blocks) * index.cfg.block_size < index.seq_lens[:, None]
+        parts.append(index.summary.scores(folded).masked_fill(~block[:, None, None], 0.0))
+    return parts
+
+
+def assert_same(a: KVIndex, b: KVIndex, q: torch.Tensor) -> None:
+    assert torch.equal(a.seq_lens, b.seq_lens)
+    for x, y in zip(scores(a, q), scores(b, q), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def growing(case: Case, capacity: int) -> KVIndex:
+    """An empty index with the projection that building on the whole prompt gives."""
+    b, h, _, d = case.k.shape
+    index = KVIndex(case.cfg, batch_size=b, n_kv_heads=h, head_dim=d, capacity_tokens=capacity, dtype=case.k.dtype)
+    index.fit(case.k, case.seq_lens, case.q)
+    return index
+
+
+@given(cases())
+def test_appending_one_token_at_a_time_equals_building_at_once(case: Case) -> None:
+    longest = int(case.seq_lens.min())
+    k = case.k[:, :, :longest].contiguous()
+    built = KVIndex.build(k, case.cfg, q=case.q)
+    grown = growing(Case(case.q, k, case.v, torch.full_like(case.seq_lens, longest), case.cfg), longest)
+    for token in range(longest):
+        grown.append(k[:, :, token : token + 1])
+    assert grown.max_len == built.max_len == longest
+    assert_same(grown, built, case.q)
+
+
+@given(cases(), st.integers(0, 2**16))
+def test_a_batch_equals_its_rows_one_by_one(case: Case, seed: int) -> None:
+    whole = case.index()
+    order = torch.randperm(len(case.seq_lens), generator=torch.Generator().manual_seed(seed))
+    whole.reorder(order)
+    for place, row in enumerate(order.tolist()):
+        n = int(case.seq_lens[row])
+        alone = KVIndex.build(
+            case.k[row : row + 1, :, :n].contiguous(),
+            case.cfg,
+            q=case.q[row : row + 1],
+            capacity_tokens=case.k.shape[2],
+        )
+        for x, y in zip(scores(whole, case.q[order]), scores(alone, case.q[row : row + 1]), strict=True):
+            torch.testing.assert_close(x[place], y[0], rtol=1e-3, atol=2e-2)
+
+
+@given(cases(), st.data())
+def test_crop_then_append_equals_never_having_seen_the_tail(case: Case, data: st.DataObject) -> None:
+    keep = data.draw(st.integers(1, int(case.seq_lens.max())))
+    index = growing(case, case.k.shape[2] + 40)
+    index.append(case.k, case.seq_lens)
+    index.crop(keep, case.k)
+    kept = case.seq_lens.clamp_max(keep)
+    fresh = growing(case, case.k.shape[2] + 40)
+    fresh.append(case.k, kept)
+    assert_same(index, fresh, case.q)
+    more = torch.randn(case.k.shape[0], case.k.shape[1], 35, case.k.shape[3])
+    index.append(more)
+    fresh.append(more)
+    assert_same(index, fresh, case.q)
+
+
+@given(cases())
+def test_reset_leaves_an_index_as_new(case: Case) -> None:
+    index = case.index()
+    index.reset()
+    index.fit(case.k, case.seq_lens, case.q)
+    index.append(case.k, case.seq_lens)
+    assert_same(index, case.index(), case.q)
+
+
+@given(cases(kinds=("lowrank",)))
+def test_refit_on_the_same_keys_changes_nothing(case: Case) -> None:
+    index = case.index()
+    index.refit(case.k)
+    assert_same(index, case.index(), case.q)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_survive_packing(bits: int) -> None:
+    """Oracle: dequantised labels times queries, channel by channel, without packing."""
+    gen = torch.Generator().manual_seed(bits)
+    k, q = torch.randn(2, 3, 70, 16, generator=gen), torch.randn(2, 3, 5, 16, generator=gen)
+    labels = TokenLabels.empty(2, 3, 70, 16, dims=8, bits=bits, device=k.device)
+    labels.fit(k, torch.ones(2, 70, dtype=torch.bool), None, None)
+    labels.codes.copy_(labels.encode(k))
+    label = (k - labels.center[:, :, None]) @ labels.to_label
+    code = ((label - labels.low[:, :, None]) / labels.step[:, :, None]).round().clamp(0, 2**bits - 1)
+    value = labels.low[:, :, None] + labels.step[:, :, None] * code
+    truth = (q @ labels.to_query).double() @ value.double().transpose(-1, -2)
+    torch.testing.assert_close(labels.scores(q).double(), truth, rtol=1e-4, atol=1e-4)
+    assert (value - label).abs().max() <= labels.step.max() * 0.51
+
+
+def test_all_channels_at_eight_bits_give_the_true_scores() -> None:
+    """A full-rank projection is the identity in disguise, query-weighted or not."""
+    gen = torch.Generator().manual_seed(0)
+    k, q = torch.randn(1, 2, 400, 16, generator=gen), torch.randn(1, 4, 400, 16, generator=gen)
+    q = q * torch.linspace(0.2, 3, 16)
+    cfg = TLSConfig(block_size=16, block_budget=64, token_budget=None, sink_tokens=0, recent_tokens=1, label_dims=16,
+                    label_bits=8)  # fmt: skip
+    index = KVIndex.build(k, cfg, q=q)
+    asked = q[:, :, -4:].reshape(1, 2, 8, 16)
+    truth = asked.double() @ (k - index.labels.center[:, :, None]).double().transpose(-1, -2)
+    assert float((index.labels.scores(asked)[..., :400] - truth).norm() / truth.norm()) < 0.01
+
+
+@given(st.integers(1, 40), st.lists(st.integers(0, 39), min_size=1, max_size=4))
+def test_align_right_undoes_align_left(length: int, pads: list[int]) -> None:
+    pad = torch.tensor([p % length for p in pads])
+    x = torch.randn(len(pads), 2, length, 3)
+    left = align_left(x, pad)
+    for row, p in enumerate(pad.tolist()):
+        assert torch.equal(left[row, :, : length - p], x[row, :, p:])
+    assert torch.equal(align_right(left, pad), x)
+
+
+def test_memory_is_reported() -> None:
+    cfg = TLSConfig(label_dims=32, label_bits=4)
+    index = KVIndex.build(torch.randn(1, 2, 4096, 128), cfg)
+    assert index.labels.codes.numel() == 2 * 4096 * 16
+    assert index.nbytes == sum(x.numel() * x.element_size() for x in index._tensors())
+    assert index.bytes_per_token == 16
+    assert 0 < index.kv_share < 0.2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_name_what_was_expected_and_change_nothing(kind: str) -> None:
+    cfg = TLSConfig(**{**CFG.__dict__, "index": kind})
+    k = torch.randn(2, 3, 20, 16)
+    bad = k.clone()
+    bad[1, 2, 7, 0] = torch.nan
+    for build, error, message in (
+        (lambda: KVIndex.build(bad, cfg), ValueError, r"k: expected finite numbers, got NaN.*row 1, head 2, token 7"),
+        (lambda: KVIndex.build(k[:, :, :0], cfg), ValueError, r"k: expected at least 1 token, got 0"),
+        (lambda: KVIndex.build(k, cfg, torch.tensor([0, 3])), ValueError, r"seq_lens: expected at least 1.*drop empty"),
+        (lambda: KVIndex.build(k, cfg, torch.tensor([21, 3])), ValueError, r"seq_lens: expected at most 20.*got 21"),
+        (lambda: KVIndex.build(k, cfg, torch.tensor([3])), ValueError, r"seq_lens: expected shape \(2,\)"),
+        (lambda: KVIndex.build(k, cfg, torch.tensor([3.0, 2.0])), TypeError, r"seq_lens: expected an integer tensor"),
+        (lambda: KVIndex.build(k[0], cfg), ValueError, r"k: expected 4 dimensions \[B, HKV, S, D\]"),
+        (lambda: KVIndex.build(k.long(), cfg), TypeError, r"k: expected a floating-point dtype, got torch.int64"),
+        (lambda: KVIndex.build(k, cfg, capacity_tokens=10), ValueError, r"capacity_tokens: expected at least 20"),
+        (lambda: KVIndex.build(k, cfg, q=k[:, :2]), ValueError, r"q: expected HQ to be a multiple of HKV = 3, got 2"),
+    ):
+        with pytest.raises(error, match=message):
+            build()
+    index = KVIndex.build(k, cfg, capacity_tokens=21)
+    index.append(k[:, :, :1])
+    before = [x.clone() for x in index._tensors()]
+    with pytest.raises(ValueError, match=r"expected at most capacity_tokens=21 tokens a row, 22 needed"):
+        index.append(k[:, :, :1])
+    with pytest.raises(ValueError, match=r"k_new: expected 3 for HKV.*got 6; pass un-repeated"):
+        index.append(torch.randn(2, 6, 1, 16))
+    with pytest.raises(TypeError, match=r"k_new: expected dtype torch.float32, the index's, got torch.float16"):
+        index.append(k[:, :, :1].half())
+    with pytest.raises(ValueError, match=r"seq_lens: expected at least 0 tokens to keep, got -1"):
+        index.crop(-1, k)
+    if index.summary is not None:
+        with pytest.raises(ValueError, match=r"k: expected the cached keys, got None"):
+            index.crop(3)
+    assert all(torch.equal(x, y) for x, y in zip(before, index._tensors(), strict=True))
