@@ -75,7 +75,8 @@ def _own_buffer(x: Tensor) -> Tensor:
     """A contiguous copy that Inductor cannot fuse or look through.
 
     The C++ template of flex_attention refuses queries, and tensors captured by a mod, that are still being computed,
-    and what the caller does with its output (torch 2.13). In a graph of our own they are inputs and outputs, and need no copy.
+    and what the caller does with its output (torch 2.13). In a graph of our own they
+    are inputs and outputs, and need no copy.
     """
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -104,7 +105,7 @@ def _attend(
         tokens = TokenSelection(_own_buffer(tokens.mask), _own_buffer(tokens.positions), tokens.group)
     # The C++ template of torch's CPU backend has no log-sum-exp
     lse_from_kernel = return_lse and q.is_cuda
-    result = flex_attention(
+    result = flex_attention(  # type: ignore[call-overload]
         folded,
         k,
         v,
@@ -112,7 +113,7 @@ def _attend(
         block_mask=block_mask(blocks),
         scale=scale,
         return_lse=lse_from_kernel,
-        kernel_options=kernel_options(q.device, folded.shape[2], k.shape[0] * k.shape[1]),  # type: ignore[arg-type]
+        kernel_options=kernel_options(q.device, folded.shape[2], k.shape[0] * k.shape[1]),
     )
     if callers_graph and not q.is_cuda:
         result = _own_buffer(result)

@@ -54,7 +54,7 @@ class KVIndex:
         dims = min(cfg.label_dims, head_dim // per_byte * per_byte)
         if dims < 1:
             raise ValueError(f"head_dim: expected at least {per_byte} for {cfg.label_bits}-bit labels, got {head_dim}")
-        # Whole blocks: selection then never meets a ragged edge, on which Inductor's C++ (torch 2.13) reads stale memory
+        # Whole blocks: selection then never meets a ragged edge, where Inductor's C++ (torch 2.13) reads stale memory
         self.labels = TokenLabels.empty(
             batch_size, n_kv_heads, self.n_blocks * cfg.block_size, head_dim, dims=dims, bits=bits, device=device
         )
@@ -217,7 +217,7 @@ class KVIndex:
         if self.summary is not None:
             if k is None:
                 raise ValueError(
-                    f"k: expected the cached keys, got None; index={self.cfg.index!r} must summarise the cut block again"
+                    f"k: expected the cached keys, got None; index={self.cfg.index!r} summarises the cut block again"
                 )
             self._check_keys("k", k)
             size = self.cfg.block_size

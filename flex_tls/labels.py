@@ -97,7 +97,7 @@ class TokenLabels:
         levels = 2**self.bits - 1
         codes = ((labels - self.low[:, :, None]) / self.step[:, :, None]).round().clamp(0, levels).to(torch.uint8)
         per_byte = 8 // self.bits
-        parts = codes.unflatten(-1, (per_byte, -1)).unbind(-2)
+        parts = codes.view(*codes.shape[:-1], per_byte, codes.shape[-1] // per_byte).unbind(-2)
         packed = parts[0]
         for place, part in enumerate(parts[1:], start=1):
             packed = packed | (part << (place * self.bits))
@@ -109,9 +109,11 @@ class TokenLabels:
             return q.float() @ self.codes.transpose(-1, -2)
         asked = q.float() @ self.to_query
         shift = (asked * self.low[:, :, None]).sum(-1, keepdim=True)
-        asked = (asked * self.step[:, :, None]).unflatten(-1, (8 // self.bits, -1))
+        per_byte = 8 // self.bits
+        asked = asked * self.step[:, :, None]
+        asked = asked.view(*asked.shape[:-1], per_byte, asked.shape[-1] // per_byte)
         scores = shift
-        for place in range(8 // self.bits):
+        for place in range(per_byte):
             values = (self.codes >> (place * self.bits)) & (2**self.bits - 1)
             scores = scores + asked[..., place, :] @ values.to(torch.float32).transpose(-1, -2)
         return scores

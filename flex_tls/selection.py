@@ -46,7 +46,7 @@ class TokenSelection:
     """Tokens kept by both levels.
 
     Attributes:
-        mask: bool [B, HKV, T, N * block_size]; False outside the kept blocks, past the query's own position and past the row.
+        mask: bool [B, HKV, T, N * block_size]; False outside the kept blocks and past the query's position.
         positions: int64 [B, T], logical positions of the query tokens.
         group: G, query heads per KV head.
     """
@@ -191,7 +191,7 @@ def tokens_from_scores(index: KVIndex, cfg: TLSConfig, blocks: BlockSelection, s
 
 
 def keep_best(rank: Tensor, k: int) -> Tensor:
-    """Bool of rank's shape [..., S]: the k largest, ties to the lower place; -inf is never kept. rank float32, no NaN."""
+    """Bool of rank's shape [..., S]: the k largest, ties to the lower place; never -inf. rank float32, no NaN."""
     s = rank.shape[-1]
     # Score and place in one integer: no two are equal, so the k-th largest cuts exactly, without counting ties.
     # Positive floats order as their bits do, negative ones the other way round; -0.0 must tie with 0.0
@@ -221,7 +221,7 @@ def reduce_group(scores: Tensor, cfg: TLSConfig) -> Tensor:
 
 def _per_block(tokens: Tensor, n_blocks: int, size: int) -> Tensor:
     """[..., N * block_size] -> [..., N, block_size]."""
-    return tokens.unflatten(-1, (n_blocks, size))
+    return tokens.view(*tokens.shape[:-1], n_blocks, size)
 
 
 def _by_labels(cfg: TLSConfig) -> bool:

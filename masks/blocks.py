@@ -31,7 +31,7 @@ def block_mask(blocks: BlockSelection) -> BlockMask:
 
 
 def union(blocks: BlockSelection) -> tuple[Tensor, Tensor]:
-    """Blocks that any query token of the chunk keeps: int32 [B, HKV, width] ascending, and counts int32 [B, HKV]; padded with N."""
+    """Blocks that any query token of the chunk keeps: int32 [B, HKV, width], ascending, and their counts [B, HKV]."""
     n, t = blocks.n_blocks, blocks.indices.shape[2]
     if t == 1:
         indices, counts = blocks.indices[:, :, 0], blocks.counts[:, :, 0]

@@ -95,7 +95,7 @@ def error(x: Tensor, truth: Tensor) -> float:
 
 
 def assert_as_exact(got: Tensor, low: Tensor, truth: Tensor) -> None:
-    """The measuring stick: ``got`` may be off from the float64 truth as plain PyTorch in the same dtype is, and little more.
+    """The measuring stick: ``got`` may be off from the float64 truth as plain PyTorch in that dtype, and little more.
 
     ``low`` is the eager result in got's dtype. The allowance is one rounding of the result in that dtype.
     """

@@ -1,0 +1,262 @@
+"""One layer of a ``TLSCache``: its buffers, its index, and which attention a step takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .attention import Backend, attend
+from .config import TLSConfig
+from .dense import causal_attention, dense_attention
+from .index import KVIndex
+from .model_config import ModelShape
+from .mods import MaskMod
+from .progress import Progress, Step
+from .ragged import align_left, align_right
+from .record import Recorder
+
+# A label projection fitted on this many tokens is not fitted again; before, every time the context has quadrupled
+FIT_ENOUGH_TOKENS = 4096
+REFIT_GROWTH = 4
+
+
+@dataclass
+class Shared:
+    """What the layers of one cache share."""
+
+    cfg: TLSConfig
+    backend: Backend
+    shape: ModelShape
+    max_len: int
+    progress: Progress
+    recorder: Recorder | None = None
+
+    @property
+    def capacity_tokens(self) -> int:
+        size = self.cfg.block_size
+        return -(-self.max_len // size) * size
+
+
+class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ignore]
+    """Keys and values [B, HKV, S, D] of one layer and, unless it stays dense, their index.
+
+    Rows are left aligned. :meth:`update` writes, :meth:`attend` reads; both belong to the step that
+    :meth:`TLSCache.begin` began.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, shared: Shared, layer_idx: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call,unused-ignore]
+        self.shared = shared
+        self.layer_idx = layer_idx
+        self.window = shared.shape.windows[layer_idx]
+        self.index: KVIndex | None = None
+        self._step: Step | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for keys of this dtype on this device."""
+        self.allocate(key_states.dtype, key_states.device)
+
+    def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate keys, values and index."""
+        shared = self.shared
+        b, s = shared.progress.batch_size, shared.capacity_tokens
+        self.keys = torch.zeros(b, shared.shape.n_kv_heads, s, shared.shape.head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        if self.layer_idx >= shared.cfg.dense_layers:
+            self.index = new_index(shared, dtype, device)
+        self.is_initialized = True
+
+    def begun(self) -> Step:
+        """The step under way, not yet taken by this layer."""
+        step = self.shared.progress.step
+        if step is None or step is self._step:
+            raise RuntimeError(
+                "TLSCache.update: expected TLSCache.begin before every forward, got none; call tls.enable(model), "
+                "which does it"
+            )
+        return step
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write new keys and values [B, HKV, T, D]. Returns the whole buffers; the keys know their layer."""
+        step = self.begun()
+        keys, values = self.buffers()
+        for name, new in (("key", key_states), ("value", value_states)):
+            b, h, _, d = keys.shape
+            if new.shape != (b, h, step.n_new, d):
+                raise ValueError(
+                    f"{name}: expected shape {(b, h, step.n_new, d)} [B, HKV, T, D], got {tuple(new.shape)}; was the "
+                    "cache made for this model and batch size?"
+                )
+            if (new.dtype, new.device) != (keys.dtype, keys.device):
+                raise ValueError(
+                    f"{name}: expected {keys.dtype} on {keys.device}, the cache's, got {new.dtype} on {new.device}; "
+                    "make the cache with the model's dtype and device (or with neither)"
+                )
+        with torch.no_grad():
+            if step.left_pad is not None:
+                key_states = align_left(key_states, step.left_pad)
+                value_states = align_left(value_states, step.left_pad)
+            _write(keys, key_states, step)
+            _write(values, value_states, step)
+            index = self.index
+            if index is not None and index.fitted_tokens:
+                index.append(key_states, step.counts)
+                if REFIT_GROWTH * index.fitted_tokens <= step.longest and index.fitted_tokens < FIT_ENOUGH_TOKENS:
+                    index.refit(keys[:, :, : step.longest])
+        self._step = step
+        # A view, which lives as long as the attention call does: no reference cycle keeps the buffers alive
+        handle = keys.view_as(keys)
+        handle._tls_layer = self  # type: ignore[attr-defined]
+        return handle, values
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        """Attention of the step's queries q [B, HQ, T, D], after :meth:`update`; the last layer ends the step.
+
+        A prompt attends densely and its index is built; so do chunks of more than ``sparse_query_tokens`` queries,
+        the first ``dense_layers`` layers, and contexts that the budgets hold whole. All else is two-level attention.
+        """
+        step, progress = self._step, self.shared.progress
+        if step is None or step is not progress.step:
+            raise RuntimeError("TLSLayer.attend: expected TLSLayer.update before it in the same forward, got none")
+        index = self.index
+        if index is not None and not index.fitted_tokens and min(step.lens_after) > 0:
+            with torch.no_grad():
+                self._build_index(index, q, step)
+        out = self._attend_prompt(q, step, scale) if step.is_fresh else self._attend_past(q, step, scale)
+        if self.layer_idx == self.shared.shape.n_layers - 1:
+            progress.commit()
+        return out
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, [B, HKV, S, D]."""
+        return cast(Tensor, self.keys), cast(Tensor, self.values)
+
+    def cut(self, lens: list[int]) -> None:
+        """Keep the first ``lens[b]`` tokens of each row."""
+        self._step = None
+        if self.index is None or not self.index.fitted_tokens:
+            return
+        if max(lens) == 0:
+            self.index.reset()
+        else:
+            self.index.crop(torch.tensor(lens), self.buffers()[0])
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Row i becomes the former row ``rows[i]``; in place if the batch keeps its size."""
+        if not self.is_initialized:
+            return
+        keys, values = self.buffers()
+        rows = rows.to(keys.device)
+        if rows.shape[0] == keys.shape[0]:
+            used = max(self.shared.progress.lens)
+            for buffer in (keys, values):
+                buffer[:, :, :used] = buffer[:, :, :used].index_select(0, rows)
+        else:
+            self.keys, self.values = keys.index_select(0, rows), values.index_select(0, rows)
+        if self.index is not None:
+            self.index.reorder(rows)
+
+    def reset(self) -> None:
+        """Forget every token; the buffers stay."""
+        self._step = None
+        if self.index is not None:
+            self.index.reset()
+
+    def get_seq_length(self) -> int:
+        """Columns so far, padding included, as Hugging Face counts."""
+        return self.shared.progress.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns after a forward of ``query_length``, offset 0)."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Columns that fit."""
+        return self.shared.max_len
+
+    def _build_index(self, index: KVIndex, q: Tensor, step: Step) -> None:
+        keys = self.buffers()[0][:, :, : step.longest]
+        if step.is_fresh and step.left_pad is not None:
+            q = align_left(q, step.left_pad)
+        # A later chunk's queries with padding among them would spoil the fit: keys alone do then
+        fitting = q[:, :, : step.longest] if step.is_fresh else None if step.counts is not None else q
+        index.fit(keys, step.seq_lens, fitting)
+        index.append(keys, None if len(set(step.lens_after)) == 1 else step.seq_lens)
+
+    def _attend_prompt(self, q: Tensor, step: Step, scale: float) -> Tensor:
+        keys, values = (x[:, :, : step.n_new] for x in self.buffers())
+        if step.left_pad is None:
+            return causal_attention(q, keys, values, scale=scale, window=self.window)
+        out = causal_attention(align_left(q, step.left_pad), keys, values, scale=scale, window=self.window)
+        return align_right(out, step.left_pad)
+
+    def _attend_past(self, q: Tensor, step: Step, scale: float) -> Tensor:
+        shared, cfg, index = self.shared, self.shared.cfg, self.index
+        keys, values = self.buffers()
+        decoding = step.n_new <= cfg.sparse_query_tokens
+        recorder = shared.recorder if decoding else None
+        reach = step.longest if self.window is None else min(step.longest, self.window)
+        n_read = step.n_new * sum(min(n, reach) for n in step.lens_after)
+        if recorder is not None and self.layer_idx == 0:
+            recorder.count_tokens(step.n_new * len(step.lens_after))
+        if not decoding or index is None or not index.fitted_tokens or reach <= cfg.dense_up_to_tokens:
+            if recorder is not None:
+                recorder.add_dense(n_read, 2 * keys.shape[1] * keys.shape[3] * keys.element_size())
+            keys, values = keys[:, :, : step.longest], values[:, :, : step.longest]
+            same = len(set(step.lens_after)) == 1
+            return dense_attention(q, keys, values, step.seq_lens, scale=scale, window=self.window, same_length=same)
+        mask_mod = None if self.window is None else window_mask(self.window)
+        result = attend(q, keys, values, index, cfg, mask_mod=mask_mod, scale=scale, backend=shared.backend)
+        if recorder is not None:
+            recorder.add_sparse(
+                self.layer_idx, q, keys, index, result.blocks, result.tokens,
+                n_tokens=n_read, scale=scale, mask_mod=mask_mod,
+            )  # fmt: skip
+        return result.out
+
+
+@cache
+def window_mask(window: int) -> MaskMod:
+    """``mask_mod`` of a sliding window: a query sees itself and the ``window - 1`` tokens before it.
+
+    One function per window, so that compiled attention knows it again.
+    """
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return q_idx - kv_idx < window
+
+    return mask_mod
+
+
+def new_index(shared: Shared, dtype: torch.dtype, device: torch.device) -> KVIndex:
+    """An empty index for one layer of a cache."""
+    return KVIndex(
+        shared.cfg,
+        batch_size=shared.progress.batch_size,
+        n_kv_heads=shared.shape.n_kv_heads,
+        head_dim=shared.shape.head_dim,
+        capacity_tokens=shared.capacity_tokens,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _write(buffer: Tensor, new: Tensor, step: Step) -> None:
+    """Put new [B, HKV, T, D], left aligned, behind each row's tokens. Padding lands in slots that are never read."""
+    t = new.shape[2]
+    if step.is_uniform:
+        first = step.lens_before[0]
+        buffer[:, :, first : first + t] = new
+    else:
+        slots = step.start[:, None] + torch.arange(t, device=new.device)
+        buffer.scatter_(2, slots[:, None, :, None].expand(new.shape), new)
