@@ -25,7 +25,7 @@ class TLSConfig:
             ``"quest"``: upper bound from per-channel min and max (Quest, arXiv 2406.10774);
             ``"box"``: the same with the radius damped by ``box_radius``; ``"mean"``: mean key;
             ``"oracle"``: exact keys kept as labels, for tests and upper bounds.
-        label_dims: channels of a token label (C), cut to the head dimension.
+        label_dims: channels of a token label (C), cut to the head dimension; a label takes whole 32-bit words.
         label_bits: bits per label channel; 2, 4 or 8.
         block_reduce: how ``"lowrank"`` and ``"oracle"`` turn token scores into a block score.
         box_radius: share of a box's half-width that counts; 1 is Quest's bound, 0 its mid-point.
@@ -60,11 +60,6 @@ class TLSConfig:
         self._at_least("label_dims", 1)
         self._at_least("dense_layers", 0)
         self._at_least("sparse_query_tokens", 1)
-        if self.label_dims * self.label_bits % 8:
-            raise ValueError(
-                f"label_dims: expected whole bytes a label, got {self.label_dims} channels of {self.label_bits} bits; "
-                f"use a multiple of {8 // self.label_bits}"
-            )
         if not 0.0 <= self.box_radius <= 1.0:
             raise ValueError(f"box_radius: expected a share between 0 and 1, got {self.box_radius}")
         least = self.forced_blocks * self.block_size

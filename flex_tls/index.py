@@ -50,10 +50,7 @@ class KVIndex:
         self.max_len = 0
         self.fitted_tokens = 0
         bits = None if cfg.index == "oracle" else cfg.label_bits
-        per_byte = 8 // cfg.label_bits
-        dims = min(cfg.label_dims, head_dim // per_byte * per_byte)
-        if dims < 1:
-            raise ValueError(f"head_dim: expected at least {per_byte} for {cfg.label_bits}-bit labels, got {head_dim}")
+        dims = min(cfg.label_dims, head_dim)
         # Whole blocks: selection then never meets a ragged edge, where Inductor's C++ (torch 2.13) reads stale memory
         self.labels = TokenLabels.empty(
             batch_size, n_kv_heads, self.n_blocks * cfg.block_size, head_dim, dims=dims, bits=bits, device=device
@@ -126,7 +123,7 @@ class KVIndex:
     def bytes_per_token(self) -> float:
         """Bytes a step reads to score one token of one KV head: its label and its share of the block summary."""
         codes = self.labels.codes
-        total = codes.shape[-1] * codes.element_size()
+        total = codes.shape[2] * codes.element_size()
         if self.summary is None:
             return float(total)
         wide = sum(x.shape[-1] * x.element_size() for x in self.summary.tensors.values())
@@ -169,7 +166,7 @@ class KVIndex:
         """
         lens = self.seq_lens.clone()
         self.fit(k, lens)
-        self.labels.codes[:, :, : k.shape[2]] = self.labels.encode(k)
+        self.labels.codes[..., : k.shape[2]] = self.labels.encode(k)
 
     def append(self, k_new: Tensor, counts: Tensor | None = None) -> None:
         """Take new keys k_new [B, HKV, T, D], in place. ``counts`` int64 [B]: valid keys of each row (default T).
@@ -183,9 +180,8 @@ class KVIndex:
             position = self.seq_lens[:, None] + torch.arange(t, device=k_new.device)
             longest = self.max_len + t
             self._check_room(longest)
-            where = position[:, None, :, None]
             codes = self.labels.encode(k_new)
-            self.labels.codes.scatter_(2, where.expand(codes.shape), codes)
+            self.labels.codes.scatter_(3, position[:, None, None].expand(codes.shape), codes)
             if self.summary is not None:
                 self.summary.add(k_new, position // self.cfg.block_size)
             self.seq_lens += t
@@ -197,7 +193,7 @@ class KVIndex:
             valid = torch.arange(t, device=k_new.device) < counts[:, None]
             position = self.seq_lens[:, None] + torch.arange(t, device=k_new.device)
             row, token = valid.nonzero(as_tuple=True)
-            self.labels.codes[row, :, position[row, token]] = self.labels.encode(k_new)[row, :, token]
+            self.labels.codes[row, :, :, position[row, token]] = self.labels.encode(k_new)[row, :, :, token]
             if self.summary is not None:
                 self.summary.add(k_new, torch.where(valid, position // self.cfg.block_size, self.n_blocks))
             self.seq_lens += counts

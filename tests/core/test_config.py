@@ -15,7 +15,7 @@ import flex_tls as tls
         ({"block_size": 48}, r"block_size: expected one of 16, 32, 64, 128, got 48"),
         ({"index": "magic"}, r"index: expected one of 'lowrank'.*got 'magic'"),
         ({"label_bits": 3}, r"label_bits: expected one of 2, 4, 8, got 3"),
-        ({"label_dims": 3}, r"label_dims: expected whole bytes a label.*multiple of 2"),
+        ({"label_dims": 0}, r"label_dims: expected an integer of at least 1, got 0"),
         ({"recent_tokens": 0}, r"recent_tokens: expected an integer of at least 1, got 0"),
         ({"sink_tokens": 1.5}, r"sink_tokens: expected an integer of at least 0, got 1.5"),
         ({"block_budget": 128}, r"block_budget: expected at least 192 tokens.*got 128; raise the budget"),

@@ -17,7 +17,7 @@ def scores(index: KVIndex, q: torch.Tensor) -> list[torch.Tensor]:
     """What selection would read: label scores of held tokens, and summary scores of blocks with tokens."""
     b, hq, t, d = q.shape
     folded = q.reshape(b, index.n_kv_heads, hq // index.n_kv_heads * t, d)
-    slot = torch.arange(index.labels.codes.shape[2])
+    slot = torch.arange(index.labels.codes.shape[3])
     held = (slot < index.seq_lens[:, None])[:, None, None]
     parts = [index.labels.scores(folded).masked_fill(~held, 0.0)]
     if index.summary is not None:
@@ -101,12 +101,13 @@ def test_refit_on_the_same_keys_changes_nothing(case: Case) -> None:
     assert_same(index, case.index(), case.q)
 
 
+@pytest.mark.parametrize("dims", [1, 7, 8, 16])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_codes_survive_packing(bits: int) -> None:
+def test_codes_survive_packing(bits: int, dims: int) -> None:
     """Oracle: dequantised labels times queries, channel by channel, without packing."""
     gen = torch.Generator().manual_seed(bits)
     k, q = torch.randn(2, 3, 70, 16, generator=gen), torch.randn(2, 3, 5, 16, generator=gen)
-    labels = TokenLabels.empty(2, 3, 70, 16, dims=8, bits=bits, device=k.device)
+    labels = TokenLabels.empty(2, 3, 70, 16, dims=dims, bits=bits, device=k.device)
     labels.fit(k, torch.ones(2, 70, dtype=torch.bool), None, None)
     labels.codes.copy_(labels.encode(k))
     label = (k - labels.center[:, :, None]) @ labels.to_label
@@ -143,7 +144,7 @@ def test_align_right_undoes_align_left(length: int, pads: list[int]) -> None:
 def test_memory_is_reported() -> None:
     cfg = TLSConfig(label_dims=32, label_bits=4)
     index = KVIndex.build(torch.randn(1, 2, 4096, 128), cfg)
-    assert index.labels.codes.numel() == 2 * 4096 * 16
+    assert index.labels.codes.numel() * 4 == 2 * 4096 * 16
     assert index.nbytes == sum(x.numel() * x.element_size() for x in index._tensors())
     assert index.bytes_per_token == 16
     assert 0 < index.kv_share < 0.2

