@@ -1,0 +1,131 @@
+"""The command line of the benches; ``python -m bench --help``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+
+from . import cases, rows
+from .plots import draw_operator, table
+
+ROWS = rows.ROOT / "bench" / "results" / "operator.jsonl"
+QUICK_ROWS = rows.ROOT / "out" / "operator-quick.jsonl"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.command(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def run_operator(args: argparse.Namespace) -> int:
+    """Measure the cases and append their rows, case by case."""
+    from .operator import TARGETS_US, run_case
+    from .providers import PROVIDERS
+    from .timing import read_bytes_per_us
+
+    default = cases.QUICK if args.quick else cases.SWEEP if args.sweep else cases.DEFAULT
+    names = _matching(args.cases, cases.CASES, "cases") if args.cases else list(default)
+    providers = _matching(args.providers, PROVIDERS, "providers") if args.providers else list(PROVIDERS)
+    out = args.out or (QUICK_ROWS if args.quick else ROWS)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: no CUDA device here; pass --device cpu --quick for a dry run")
+    runs = args.runs or (5 if args.quick else 50)
+    if runs < 2:
+        raise ValueError(f"runs: expected at least 2, got {runs}")
+    machine = rows.machine(device, args.commit, args.dirty)
+    print(f"{machine.gpu}, driver {machine.driver}, torch {machine.torch}, triton {machine.triton}")
+    bytes_per_us = read_bytes_per_us(device)
+    print(f"read bandwidth, measured: {bytes_per_us / 1e6:.3f} TB/s", flush=True)
+    measured: list[rows.Row] = []
+    failed: list[str] = []
+    # Every provider, case and number of splits compiles once; fullgraph=True raises rather than run uncompiled
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
+        for name in names:
+            done, broken = run_case(
+                cases.CASES[name],
+                device,
+                machine,
+                providers=providers,
+                splits=args.split_kv,
+                runs=runs,
+                bytes_per_us=bytes_per_us,
+            )
+            rows.append(out, done)
+            measured += done
+            failed += [f"{name}: {provider}" for provider in broken]
+    print(f"\n{table(measured)}\n\n{len(measured)} rows appended to {out}")
+    for row in measured:
+        target = TARGETS_US.get((row.case, row.provider))
+        if target is not None:
+            verdict = "met" if row.median_us <= target else "MISSED"
+            print(f"target {row.case} {row.provider}: {row.median_us:.1f} us of at most {target:.0f} us, {verdict}")
+    for what in failed:
+        print(f"FAILED {what} (trace above)", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def plot_operator(args: argparse.Namespace) -> int:
+    """Draw the latest rows and print them as a table."""
+    found = rows.latest(row for row in rows.read(args.rows) if row.bench == "operator")
+    if not found:
+        raise ValueError(f"rows: {args.rows} holds none of the operator bench; run `python -m bench run operator`")
+    # One picture, one machine: that of the newest row
+    gpu = max(found, key=lambda row: row.date).gpu
+    found = [row for row in found if row.gpu == gpu]
+    out = args.out or args.rows.with_suffix(".svg")
+    draw_operator(found, out)
+    print(f"{table(found)}\n\nwrote {out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure, and draw what was measured.")
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run", help="measure and append rows").add_subparsers(required=True)
+    operator = run.add_parser("operator", help="one decoded token's attention, by every provider")
+    operator.add_argument("--out", type=Path, help=f"rows file, appended to (default {ROWS.relative_to(rows.ROOT)})")
+    operator.add_argument("--cases", help="names or patterns, comma-separated, such as 'qwen3-8b-b1-*'")
+    operator.add_argument("--sweep", action="store_true", help="B=1 at 8k to 128k tokens instead of the default cases")
+    operator.add_argument("--providers", help="names or patterns, comma-separated (default all that the device runs)")
+    operator.add_argument("--split-kv", type=_numbers, default=[], help="also time flex with these splits: 8,16,32,64")
+    operator.add_argument("--runs", type=int, help="samples per provider and case, at least 2 (default 50, quick 5)")
+    operator.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    operator.add_argument("--quick", action="store_true", help="tiny shapes: every line runs, no figure means anything")
+    operator.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
+    operator.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
+    operator.set_defaults(command=run_operator)
+    plot = commands.add_parser("plot", help="draw rows").add_subparsers(required=True)
+    drawing = plot.add_parser("operator", help="times by provider, and over S where rows have several")
+    drawing.add_argument("--rows", type=Path, default=ROWS)
+    drawing.add_argument("--out", type=Path, help="picture, .svg or .png (default beside the rows)")
+    drawing.set_defaults(command=plot_operator)
+    return parser
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def _matching(patterns: str, known: Mapping[str, object], what: str) -> list[str]:
+    wanted = patterns.split(",")
+    found = [name for name in known if any(fnmatch(name, pattern) for pattern in wanted)]
+    idle = [pattern for pattern in wanted if not any(fnmatch(name, pattern) for name in known)]
+    if idle:
+        raise ValueError(f"{what}: nothing matches {', '.join(idle)}; there are {', '.join(known)}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

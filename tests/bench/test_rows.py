@@ -1,0 +1,120 @@
+"""Rows survive their file, refuse what is not a row, and are enough to draw from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import main
+from bench.plots import draw_operator, table
+from bench.rows import Row, append, latest, read
+
+ROW = Row(
+    bench="operator",
+    case="qwen3-8b-b1-96k",
+    B=1,
+    HQ=32,
+    HKV=8,
+    D=128,
+    S=98304,
+    block_size=64,
+    block_budget=8192,
+    token_budget=1024,
+    dtype="bfloat16",
+    provider="flex_total",
+    stage="total",
+    median_us=35.25,
+    p10_us=35.0,
+    p90_us=36.5,
+    runs=50,
+    floor_us=5.5,
+    rel_error=2.5e-3,
+    gpu="NVIDIA H100 80GB HBM3",
+    driver="580.159.04",
+    torch="2.11.0",
+    triton="3.6.0",
+    commit="0123456789abcdef",
+    dirty=False,
+    date="2026-11-24T05:00:00Z",
+)
+
+
+def vary(**changes: object) -> Row:
+    return dataclasses.replace(ROW, **changes)  # type: ignore[arg-type]
+
+
+def test_rows_come_back_from_their_file_as_they_went_in(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "rows.jsonl"
+    append(path, [ROW])
+    append(path, [vary(token_budget=None, dirty=True)])
+    assert read(path) == [ROW, vary(token_budget=None, dirty=True)]
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Row)])
+def test_a_row_without_one_of_its_fields_is_refused(name: str, tmp_path: Path) -> None:
+    fields = dataclasses.asdict(ROW)
+    del fields[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{ROW.to_json()}\n{json.dumps(fields)}\n")
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: row: .* missing \['{name}'\], unknown \[\]"):
+        read(path)
+
+
+def test_an_unknown_field_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown \['speed'\]"):
+        Row.from_json(json.dumps(dataclasses.asdict(ROW) | {"speed": 1.0}))
+
+
+@pytest.mark.parametrize(("name", "value"), [("S", 1.5), ("median_us", "fast"), ("runs", True), ("gpu", None)])
+def test_a_value_of_another_type_is_refused(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"{name}: expected"):
+        vary(**{name: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_error_that_is_no_number_makes_no_row(value: float) -> None:
+    with pytest.raises(ValueError, match="rel_error: expected a finite number"):
+        vary(rel_error=value)
+
+
+def test_the_latest_of_equal_rows_counts() -> None:
+    newer, other = vary(median_us=30.0), vary(provider="sdpa_cudnn", stage="attention")
+    assert latest([ROW, other, newer]) == [newer, other]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+@pytest.mark.parametrize("lengths", [(98304,), (8192, 16384, 98304)], ids=["bars", "curves"])
+def test_a_picture_is_drawn_from_rows(tmp_path: Path, suffix: str, lengths: tuple[int, ...]) -> None:
+    rows = [
+        vary(case=f"s{s}", S=s, provider=provider, median_us=us * s / 1e5, p10_us=us * s / 1e5, p90_us=us * s / 1e5 + 1)
+        for s in lengths
+        for provider, us in (("flex_total", 35.0), ("flex_given_selection[split_kv=8]", 14.0), ("sdpa_cudnn", 137.0))
+    ]
+    path = tmp_path / f"picture{suffix}"
+    draw_operator(rows, path)
+    assert path.stat().st_size > 5000
+
+
+def test_the_table_compares_with_the_best_dense_kernel_of_the_case() -> None:
+    dense = [vary(provider="sdpa_cudnn", median_us=140.0), vary(provider="sdpa_flash", median_us=141.0)]
+    lines = table([ROW, *dense, vary(case="other")]).splitlines()
+    assert "| 4.0x |" in lines[2]
+    assert "x |" not in lines[-1]
+
+
+def test_the_command_line_measures_and_draws_on_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    quick = ["run", "operator", "--device", "cpu", "--quick", "--commit", "abc", "--dirty", "--out", str(out)]
+    assert main([*quick, "--providers", "sdpa_*", "--cases", "tiny-b2"]) == 0
+    (row,) = read(out)
+    assert (row.provider, row.gpu, row.commit, row.dirty, row.runs) == ("sdpa_flash", "cpu", "abc", True, 5)
+    assert row.rel_error < 1e-2
+    assert main(["plot", "operator", "--rows", str(out)]) == 0
+    assert out.with_suffix(".svg").is_file()
+    assert main(["plot", "operator", "--rows", str(tmp_path / "none.jsonl")]) == 2
+    assert main([*quick, "--runs", "1"]) == 2
+    assert main([*quick, "--providers", "nothing"]) == 2
+    assert "providers: nothing matches nothing; there are sdpa_cudnn" in capsys.readouterr().err
