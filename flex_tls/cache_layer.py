@@ -23,6 +23,9 @@ from .record import Recorder
 # A label projection fitted on this many tokens is not fitted again; before, every time the context has quadrupled
 FIT_ENOUGH_TOKENS = 4096
 REFIT_GROWTH = 4
+# A prompt that came in chunks is fitted again, with all its queries, by the first sparse step after them if they made
+# the context this much longer
+REFIT_AFTER_CHUNKS = 1.25
 
 
 @dataclass
@@ -111,7 +114,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             index = self.index
             if index is not None and index.fitted_tokens:
                 index.append(key_states, step.counts)
-                if REFIT_GROWTH * index.fitted_tokens <= step.longest and index.fitted_tokens < FIT_ENOUGH_TOKENS:
+                if step.n_new <= self.shared.cfg.sparse_query_tokens and self._has_outgrown_its_fit(index):
                     index.refit(keys[:, :, : step.longest])
         self._step = step
         # A view, which lives as long as the attention call does: no reference cycle keeps the buffers alive
@@ -132,6 +135,9 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         if index is not None and not index.fitted_tokens and min(step.lens_after) > 0:
             with torch.no_grad():
                 self._build_index(index, q, step)
+        elif index is not None and index.fitted_tokens and step.n_new > self.shared.cfg.sparse_query_tokens:
+            with torch.no_grad():
+                index.observe(q if step.left_pad is None else align_left(q, step.left_pad), step.counts)
         out = self._attend_prompt(q, step, scale) if step.is_fresh else self._attend_past(q, step, scale)
         if self.layer_idx == self.shared.shape.n_layers - 1:
             progress.commit()
@@ -183,6 +189,13 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
     def get_max_length(self) -> int:
         """Columns that fit."""
         return self.shared.max_len
+
+    def _has_outgrown_its_fit(self, index: KVIndex) -> bool:
+        """Whether the prompt's later chunks, or decoding since a short prompt, are worth a new projection."""
+        fitted, longest = index.fitted_tokens, index.max_len
+        if index.observed_tokens:
+            return longest >= REFIT_AFTER_CHUNKS * fitted
+        return longest >= REFIT_GROWTH * fitted and fitted < FIT_ENOUGH_TOKENS
 
     def _build_index(self, index: KVIndex, q: Tensor, step: Step) -> None:
         keys = self.buffers()[0][:, :, : step.longest]

@@ -22,6 +22,7 @@ class KVIndex:
         seq_lens: int64 [B], tokens held by each row.
         max_len: upper bound on the longest row, known to the host.
         fitted_tokens: longest row that the labels' projection was fitted on; 0 before the first fit.
+        observed_tokens: query tokens noted since that fit.
         capacity_tokens: tokens that a row can hold (S).
     """
 
@@ -49,6 +50,7 @@ class KVIndex:
         self.seq_lens = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.max_len = 0
         self.fitted_tokens = 0
+        self.observed_tokens = 0
         bits = None if cfg.index == "oracle" else cfg.label_bits
         dims = min(cfg.label_dims, head_dim)
         # Whole blocks: selection then never meets a ragged edge, where Inductor's C++ (torch 2.13) reads stale memory
@@ -136,36 +138,44 @@ class KVIndex:
         return self.nbytes / kv
 
     def fit(self, k: Tensor, seq_lens: Tensor | None = None, q: Tensor | None = None) -> None:
-        """Choose the labels' projection and quantiser from k [B, HKV, S, D] and, if given, q [B, HQ, T, D].
+        """Choose the labels' projection and quantiser from k [B, HKV, S, D] and, if given, q [B, HQ, T, D] alone.
 
-        Sinks are left out where a row is longer: they are always kept, and their outlying keys would stretch the
-        quantiser's range. Synchronises with the device; call at prefill, never in a captured step.
+        Without ``q`` the queries of earlier calls and of :meth:`observe` count. Sinks are left out where a row is
+        longer: they are always kept, and their outlying keys would stretch the quantiser's range. Synchronises with
+        the device; call at prefill, never in a captured step.
         """
         self._check_keys("k", k)
         lens = check_seq_lens(seq_lens, self.batch_size, k.shape[2], k.device)
         slot = torch.arange(k.shape[2], device=k.device)
         valid = slot < lens[:, None]
         check_no_nan("k", k, valid)
-        weight = valid & ((slot >= self.cfg.sink_tokens) | (lens[:, None] <= self.cfg.sink_tokens))
-        q_weight = None
         if q is not None:
-            check_tensor("q", q, (self.batch_size, None, None, self.head_dim), "B, HQ, T, D", like=k)
-            if q.shape[1] % self.n_kv_heads:
-                raise ValueError(f"q: expected HQ to be a multiple of HKV = {self.n_kv_heads}, got {q.shape[1]}")
-            if q.shape[2] == k.shape[2]:
-                q_weight = valid
-            else:
-                q_weight = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
-        self.labels.fit(k, weight, q, q_weight)
+            self._check_queries(q)
+            self.labels.forget_queries()
+            self.observe(q, lens if q.shape[2] == k.shape[2] else None)
+        weight = valid & ((slot >= self.cfg.sink_tokens) | (lens[:, None] <= self.cfg.sink_tokens))
+        self.labels.fit(k, weight)
         self.fitted_tokens = int(lens.max())
+        self.observed_tokens = 0
+
+    def observe(self, q: Tensor, counts: Tensor | None = None) -> None:
+        """Note queries q [B, HQ, T, D] of a prompt's chunk, left aligned, for the next :meth:`fit` or :meth:`refit`.
+
+        ``counts`` int [B]: valid queries of each row, T by default. What queries ask decides which errors of a label
+        matter: a projection fitted on a prompt's first sixth alone had ten times the KL (docs/design.md).
+        """
+        self._check_queries(q)
+        t = q.shape[2]
+        column = torch.arange(t, device=q.device).expand(self.batch_size, t)
+        self.labels.observe(q, column < (t if counts is None else counts.to(q.device)[:, None]))
+        self.observed_tokens += t
 
     def refit(self, k: Tensor) -> None:
         """Choose the projection anew from the cached keys k [B, HKV, S, D] and label every token again.
 
-        For contexts that outgrew the prompt. The queries' second moment of the first fit is kept. Synchronises.
+        For contexts that outgrew what the projection was fitted on. Synchronises.
         """
-        lens = self.seq_lens.clone()
-        self.fit(k, lens)
+        self.fit(k, self.seq_lens)
         self.labels.codes[..., : k.shape[2]] = self.labels.encode(k)
 
     def append(self, k_new: Tensor, counts: Tensor | None = None) -> None:
@@ -242,9 +252,10 @@ class KVIndex:
     def reset(self) -> None:
         """Forget every token and the fit; the buffers stay."""
         self.seq_lens.zero_()
-        self.labels.query_moment.zero_()
+        self.labels.forget_queries()
         self.max_len = 0
         self.fitted_tokens = 0
+        self.observed_tokens = 0
         if self.summary is not None:
             self.summary.reset()
 
@@ -258,6 +269,13 @@ class KVIndex:
             raise TypeError(f"{name}: expected dtype {self.dtype}, the index's, got {k.dtype}")
         if k.device != self.seq_lens.device:
             raise ValueError(f"{name}: expected device {self.seq_lens.device}, the index's, got {k.device}")
+
+    def _check_queries(self, q: Tensor) -> None:
+        check_tensor("q", q, (self.batch_size, None, None, self.head_dim), "B, HQ, T, D")
+        if q.device != self.seq_lens.device:
+            raise ValueError(f"q: expected device {self.seq_lens.device}, the index's, got {q.device}")
+        if q.shape[1] % self.n_kv_heads or q.shape[1] == 0:
+            raise ValueError(f"q: expected HQ to be a multiple of HKV = {self.n_kv_heads}, got {q.shape[1]}")
 
     def _check_room(self, longest: int) -> None:
         if longest > self.capacity_tokens:

@@ -26,7 +26,8 @@ class TokenLabels:
         to_query: float32 [B, HKV, D, C], applied to queries.
         center: float32 [B, HKV, D], mean key.
         low, step: float32 [B, HKV, C]; a channel's value is ``low + step * code``.
-        query_moment: float32 [B, HKV, D, D], second moment of the prompt's queries, kept for a later refit.
+        query_sum: float32 [B, HKV, D, D], sum of q q^T over the queries seen so far.
+        query_count: float32 [B], queries in that sum, per KV head.
     """
 
     codes: Tensor
@@ -35,7 +36,8 @@ class TokenLabels:
     center: Tensor
     low: Tensor
     step: Tensor
-    query_moment: Tensor
+    query_sum: Tensor
+    query_count: Tensor
     bits: int | None
 
     @classmethod
@@ -55,7 +57,8 @@ class TokenLabels:
             center=torch.zeros(b, h, d, device=device),
             low=torch.zeros(b, h, c, device=device),
             step=torch.ones(b, h, c, device=device),
-            query_moment=torch.zeros(b, h, d, d, device=device),
+            query_sum=torch.zeros(b, h, d, d, device=device),
+            query_count=torch.zeros(b, device=device),
             bits=bits,
         )
 
@@ -64,10 +67,21 @@ class TokenLabels:
         """The buffers by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "bits"}
 
-    def fit(self, k: Tensor, weight: Tensor, q: Tensor | None, q_weight: Tensor | None) -> None:
-        """Choose projection and quantiser. k [B, HKV, S, D]; weight bool [B, S]; q [B, HQ, T, D]; q_weight [B, T]."""
-        if q is not None and q_weight is not None:
-            self.query_moment.copy_(_query_moment(q, q_weight, k.shape[1]))
+    def forget_queries(self) -> None:
+        """Start the queries' second moment anew."""
+        self.query_sum.zero_()
+        self.query_count.zero_()
+
+    def observe(self, q: Tensor, weight: Tensor) -> None:
+        """Add queries q [B, HQ, T, D] to the second moment that the next fit will use. weight bool [B, T]."""
+        b, hq, t, d = q.shape
+        n_kv_heads = self.query_sum.shape[1]
+        rows = (q.float() * weight[:, None, :, None]).reshape(b, n_kv_heads, hq // n_kv_heads * t, d)
+        self.query_sum += rows.transpose(-1, -2) @ rows
+        self.query_count += weight.sum(1) * (hq // n_kv_heads)
+
+    def fit(self, k: Tensor, weight: Tensor) -> None:
+        """Choose projection and quantiser from keys k [B, HKV, S, D] where weight bool [B, S], and the queries seen."""
         if self.bits is None:
             return
         k32 = k.float()
@@ -76,7 +90,7 @@ class TokenLabels:
         center = (k32 * w).sum(2) / count
         centred = (k32 - center[:, :, None]) * w
         ck = centred.transpose(-1, -2) @ centred / count[..., None]
-        root, inverse = _roots(self.query_moment)
+        root, inverse = _roots(_moment(self.query_sum, self.query_count))
         _, vectors = torch.linalg.eigh(root @ ck @ root)
         lead = vectors.flip(-1)[..., : self.low.shape[-1]]
         self.center.copy_(center)
@@ -124,18 +138,15 @@ class TokenLabels:
         return scores
 
 
-def _query_moment(q: Tensor, weight: Tensor, n_kv_heads: int) -> Tensor:
-    """Second moment over a KV head's query heads and tokens, shrunk towards isotropy when queries are few."""
-    b, hq, t, d = q.shape
-    group = hq // n_kv_heads
-    rows = (q.float() * weight[:, None, :, None]).reshape(b, n_kv_heads, group * t, d)
-    total = rows.transpose(-1, -2) @ rows
-    count = (weight.sum(1, dtype=torch.float32) * group).clamp_min(1.0)[:, None, None, None]
-    moment = total / count
+def _moment(total: Tensor, count: Tensor) -> Tensor:
+    """Second moment from a sum [B, HKV, D, D] of ``count`` [B] queries, shrunk towards isotropy when they are few."""
+    d = total.shape[-1]
+    count = count[:, None, None, None]
+    moment = total / count.clamp_min(1.0)
     scale = moment.diagonal(dim1=-1, dim2=-2).mean(-1)[..., None, None]
     # As if D isotropic queries had been seen beside the real ones: a short prompt must not blind the index
     share = d / (count + d)
-    return (1 - share) * moment + share * scale * torch.eye(d, device=q.device)
+    return (1 - share) * moment + share * scale * torch.eye(d, device=total.device)
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -176,18 +176,26 @@ def blocks_from_scores(
 
 
 def tokens_from_scores(index: KVIndex, cfg: TLSConfig, blocks: BlockSelection, scores: Tensor) -> TokenSelection:
-    """Level 2 from label scores [B, HKV, G, T, N * block_size] that are -inf where a query must not look."""
-    s, t = scores.shape[-1], scores.shape[-2]
+    """Level 2 from label scores [B, HKV, G, T, N * block_size] that are -inf where a query must not look.
+
+    Only the kept blocks' tokens are ranked: a small part of the context.
+    """
+    t, n_slots = scores.shape[-2], scores.shape[-1]
     positions = query_positions(index.seq_lens, t)
-    slot = torch.arange(s, device=scores.device)
+    # Tokens of the kept blocks, ascending; those of padding entries lie past the last slot
+    slot = blocks.indices.long()[..., None] * cfg.block_size + torch.arange(cfg.block_size, device=scores.device)
+    slot = slot.flatten(3)
     position = positions[:, None, :, None]
-    inside = blocks.kept().repeat_interleave(cfg.block_size, -1) & (slot <= position)
-    if cfg.token_budget is None or cfg.token_budget >= s:
-        return TokenSelection(inside, positions, blocks.group)
-    rank = reduce_group(scores.masked_fill(~inside[:, :, None], -torch.inf), cfg)
-    forced = (slot < cfg.sink_tokens) | (slot > position - cfg.recent_tokens)
-    rank = torch.where(forced, torch.inf, rank).masked_fill(~inside, -torch.inf)
-    return TokenSelection(keep_best(rank, cfg.token_budget) & inside, positions, blocks.group)
+    keep = slot <= position
+    if cfg.token_budget is not None and cfg.token_budget < slot.shape[-1]:
+        where = slot.clamp_max(n_slots - 1)[:, :, None].expand(*scores.shape[:-1], -1)
+        rank = reduce_group(scores.gather(4, where).masked_fill(~keep[:, :, None], -torch.inf), cfg)
+        forced = (slot < cfg.sink_tokens) | (slot > position - cfg.recent_tokens)
+        rank = torch.where(forced, torch.inf, rank).masked_fill(~keep, -torch.inf)
+        keep = keep_best(rank, cfg.token_budget)
+    mask = torch.zeros(*slot.shape[:3], n_slots + cfg.block_size, dtype=torch.bool, device=scores.device)
+    mask = mask.scatter(3, slot, keep)[..., :n_slots].contiguous()
+    return TokenSelection(mask, positions, blocks.group)
 
 
 def keep_best(rank: Tensor, k: int) -> Tensor:

@@ -18,12 +18,24 @@ from flex_tls.selection import select
 from tests.cases import Case, assert_as_exact, cases, make
 
 HEADS, SLOTS = 24, 600
-SLOPES = torch.linspace(0.01, 0.3, HEADS)
-DOCUMENT = torch.arange(SLOTS) // 70
 
 
-def alibi(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    return score - SLOPES.to(score.device)[h] * (q_idx - kv_idx)
+def alibi_on(device: str) -> Callable[..., Tensor]:
+    slopes = torch.linspace(0.01, 0.3, HEADS, device=device)
+
+    def alibi(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score - slopes[h] * (q_idx - kv_idx)
+
+    return alibi
+
+
+def same_document_on(device: str) -> Callable[..., Tensor]:
+    document = torch.arange(SLOTS, device=device) // 70
+
+    def same_document(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return document[q_idx] == document[kv_idx]
+
+    return same_document
 
 
 def soft_cap(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -34,23 +46,23 @@ def sliding_window(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tenso
     return q_idx - kv_idx < 90
 
 
-def same_document(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    document = DOCUMENT.to(q_idx.device)
-    return document[q_idx] == document[kv_idx]
+MODS = ("alibi", "soft cap", "sliding window", "documents", "alibi in a window")
 
 
-MODS: dict[str, tuple[Callable[..., Tensor] | None, Callable[..., Tensor] | None]] = {
-    "alibi": (alibi, None),
-    "soft cap": (soft_cap, None),
-    "sliding window": (None, sliding_window),
-    "documents": (None, same_document),
-    "alibi in a window": (alibi, sliding_window),
-}
+def mods_on(name: str, device: str = "cpu") -> tuple[Callable[..., Tensor] | None, Callable[..., Tensor] | None]:
+    """(score_mod, mask_mod); what a mod captures lies where the scores do."""
+    return {
+        "alibi": (alibi_on(device), None),
+        "soft cap": (soft_cap, None),
+        "sliding window": (None, sliding_window),
+        "documents": (None, same_document_on(device)),
+        "alibi in a window": (alibi_on(device), sliding_window),
+    }[name]
 
 
 def by_loops(case: Case, tokens: tls.TokenSelection, mods: str) -> Tensor:
     """Oracle with plain loops, scalar mods and softmax, float64."""
-    score_mod, mask_mod = MODS[mods] if mods else (None, None)
+    score_mod, mask_mod = mods_on(mods)
     b, hq, t, d = case.q.shape
     group = hq // case.k.shape[1]
     out = torch.zeros(b, hq, t, d, dtype=torch.float64)
@@ -116,7 +128,7 @@ def test_unfolding_undoes_folding(case: Case) -> None:
 def test_user_mods_see_logical_heads_and_positions(mods: str) -> None:
     cfg = tls.TLSConfig(block_size=16, block_budget=80, token_budget=50, sink_tokens=8, recent_tokens=10, label_dims=8)
     case = make(cfg, lens=[130, 3, 65], s=150, hkv=2, group=3, t=2, d=8)
-    score_mod, mask_mod = MODS[mods]
+    score_mod, mask_mod = mods_on(mods)
     got = attend(case.q, case.k, case.v, case.index(), cfg, score_mod=score_mod, mask_mod=mask_mod, backend="reference")
     torch.testing.assert_close(got.out.double(), by_loops(case, got.tokens, mods), rtol=1e-4, atol=1e-5)
 
@@ -126,7 +138,7 @@ def test_user_mods_see_logical_heads_and_positions(mods: str) -> None:
 def test_user_mods_compose_with_compiled_flex(mods: str, device: str) -> None:
     cfg = tls.TLSConfig(block_size=32, block_budget=256, token_budget=100, sink_tokens=8, recent_tokens=10)
     case = make(cfg, lens=[500, 70], s=512, group=3, t=2, d=64, device=device)
-    score_mod, mask_mod = MODS[mods]
+    score_mod, mask_mod = mods_on(mods, device)
     index = case.index()
     got = attend(case.q, case.k, case.v, index, cfg, score_mod=score_mod, mask_mod=mask_mod, backend="flex")
     mod = {"score_mod": score_mod, "mask_mod": mask_mod, "scale": 0.125}
