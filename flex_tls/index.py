@@ -140,9 +140,10 @@ class KVIndex:
     def fit(self, k: Tensor, seq_lens: Tensor | None = None, q: Tensor | None = None) -> None:
         """Choose the labels' projection and quantiser from k [B, HKV, S, D] and, if given, q [B, HQ, T, D] alone.
 
-        Without ``q`` the queries of earlier calls and of :meth:`observe` count. Sinks are left out where a row is
-        longer: they are always kept, and their outlying keys would stretch the quantiser's range. Synchronises with
-        the device; call at prefill, never in a captured step.
+        Without ``q`` the queries of earlier calls and of :meth:`observe` count. As many queries as keys (T = S) are
+        taken row by row as the keys' own. Sinks are left out where a row is four times longer: they are always kept,
+        and their outlying keys would stretch the quantiser's range. Synchronises; call at prefill, never in a captured
+        step.
         """
         self._check_keys("k", k)
         lens = check_seq_lens(seq_lens, self.batch_size, k.shape[2], k.device)
@@ -153,7 +154,7 @@ class KVIndex:
             self._check_queries(q)
             self.labels.forget_queries()
             self.observe(q, lens if q.shape[2] == k.shape[2] else None)
-        weight = valid & ((slot >= self.cfg.sink_tokens) | (lens[:, None] <= self.cfg.sink_tokens))
+        weight = valid & ((slot >= self.cfg.sink_tokens) | (lens[:, None] <= 4 * self.cfg.sink_tokens))
         self.labels.fit(k, weight)
         self.fitted_tokens = int(lens.max())
         self.observed_tokens = 0

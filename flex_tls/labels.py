@@ -114,9 +114,8 @@ class TokenLabels:
         codes = ((labels - self.low[:, :, None]) / self.step[:, :, None]).round().clamp(0, levels).to(torch.int32)
         per_word, n_words = 32 // self.bits, self.codes.shape[2]
         codes = F.pad(codes, (0, n_words * per_word - codes.shape[-1])).view(*codes.shape[:-1], n_words, per_word)
-        words = codes[..., 0]
-        for place in range(1, per_word):
-            words = words | (codes[..., place] << (place * self.bits))
+        # Channels share no bit: their sum is their union
+        words = (codes << torch.arange(0, 32, self.bits, dtype=torch.int32, device=k.device)).sum(-1, dtype=torch.int32)
         return words.transpose(-1, -2)
 
     def scores(self, q: Tensor) -> Tensor:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flex_tls import KVIndex, TLSConfig
@@ -24,6 +24,15 @@ def scores(index: KVIndex, q: torch.Tensor) -> list[torch.Tensor]:
         block = torch.arange(index.n_blocks) * index.cfg.block_size < index.seq_lens[:, None]
         parts.append(index.summary.scores(folded).masked_fill(~block[:, None, None], 0.0))
     return parts
+
+
+def quantum(index: KVIndex, q: torch.Tensor) -> torch.Tensor:
+    """What one code more in every channel would change a score by: [B, HKV, R, 1]; 0 for exact labels."""
+    b, hq, t, d = q.shape
+    folded = q.reshape(b, index.n_kv_heads, hq // index.n_kv_heads * t, d)
+    if index.labels.bits is None:
+        return torch.zeros(*folded.shape[:3], 1)
+    return ((folded @ index.labels.to_query).abs() * index.labels.step[:, :, None]).sum(-1, keepdim=True)
 
 
 def assert_same(a: KVIndex, b: KVIndex, q: torch.Tensor) -> None:
@@ -65,8 +74,12 @@ def test_a_batch_equals_its_rows_one_by_one(case: Case, seed: int) -> None:
             q=case.q[row : row + 1],
             capacity_tokens=case.k.shape[2],
         )
-        for x, y in zip(scores(whole, case.q[order]), scores(alone, case.q[row : row + 1]), strict=True):
-            torch.testing.assert_close(x[place], y[0], rtol=1e-3, atol=2e-2)
+        wide, narrow = scores(whole, case.q[order]), scores(alone, case.q[row : row + 1])
+        # Products of another batch size round differently, and a code on the edge then falls to the other side
+        allowed = (quantum(whole, case.q[order])[place] + quantum(alone, case.q[row : row + 1])[0]) / 2
+        assert bool(((wide[0][place] - narrow[0][0]).abs() <= allowed + 1e-3).all())
+        for x, y in zip(wide[1:], narrow[1:], strict=True):
+            torch.testing.assert_close(x[place], y[0], rtol=1e-4, atol=1e-4)
 
 
 @given(cases(), st.data())
@@ -103,6 +116,8 @@ def test_refit_on_the_same_keys_changes_nothing(case: Case) -> None:
 
 @given(cases(kinds=("lowrank",)), st.integers(1, 4))
 def test_observing_queries_in_chunks_then_refitting_equals_fitting_on_all(case: Case, n_chunks: int) -> None:
+    # Queries as many as keys would be taken as the keys' own, row by row
+    assume(case.k.shape[2] not in (2, 12))
     queries = torch.randn(case.q.shape[0], case.q.shape[1], 12, case.q.shape[3])
     whole = KVIndex.build(case.k, case.cfg, case.seq_lens, queries)
     index = KVIndex.build(case.k, case.cfg, case.seq_lens, queries[:, :, :2])
@@ -111,9 +126,12 @@ def test_observing_queries_in_chunks_then_refitting_equals_fitting_on_all(case: 
         index.observe(padded, torch.full((len(case.seq_lens),), chunk.shape[2]))
     index.refit(case.k)
     torch.testing.assert_close(index.labels.query_sum, whole.labels.query_sum, rtol=1e-4, atol=1e-4)
-    # Leading eigenvectors may turn sign or, where values are close, mix: labels agree through their scores
-    for x, y in zip(scores(index, case.q), scores(whole, case.q), strict=True):
-        assert float((x - y).norm()) <= 0.2 * float(y.norm()) + 1e-3
+    assert torch.equal(index.labels.query_count, whole.labels.query_count)
+    # From the same sums the same labels follow, to the bit
+    whole.labels.query_sum.copy_(index.labels.query_sum)
+    whole.refit(case.k)
+    assert torch.equal(index.labels.codes, whole.labels.codes)
+    assert index.observed_tokens == 0
 
 
 @pytest.mark.parametrize("dims", [1, 7, 8, 16])
