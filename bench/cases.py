@@ -118,4 +118,4 @@ def _input_set(case: Case, device: torch.device) -> InputSet:
     mask = torch.zeros(*rows, case.S, dtype=torch.bool, device=device)
     mask = mask.scatter(2, slots.gather(2, chosen), True)[:, :, None].contiguous()
     last = torch.full((case.B, 1), case.S - 1, device=device)
-    return InputSet(q, k, v, selection(case, numbers), tls.TokenSelection(mask, last, case.group))
+    return InputSet(q, k, v, selection(case, numbers), tls.TokenSelection.from_mask(mask, last, case.group))

@@ -104,7 +104,7 @@ def relative_error(out: Tensor, inputs: InputSet, mask: Tensor | None) -> float:
     for row in range(b):
         q, k, v = (x[row : row + 1].double() for x in (inputs.q, inputs.k, inputs.v))
         seen = torch.ones_like(k[..., 0], dtype=torch.bool) if mask is None else mask[row : row + 1, :, : k.shape[2]]
-        tokens = TokenSelection(seen[:, :, None], inputs.tokens.positions[row : row + 1], hq // hkv)
+        tokens = TokenSelection.from_mask(seen[:, :, None], inputs.tokens.positions[row : row + 1], hq // hkv)
         ref, _ = attention_reference(q, k, v, tokens, scale=1 / math.sqrt(d))
         wrong += float((out[row].double().reshape(ref[0].shape) - ref[0]).square().sum())
         size += float(ref.square().sum())

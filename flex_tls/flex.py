@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def _attend(
     folded = fold_groups(q, k.shape[1])
     if callers_graph and not q.is_cuda:
         folded = _own_buffer(folded)
-        tokens = TokenSelection(_own_buffer(tokens.mask), _own_buffer(tokens.positions), tokens.group)
+        tokens = replace(tokens, words=_own_buffer(tokens.words), positions=_own_buffer(tokens.positions))
     # The C++ template of torch's CPU backend has no log-sum-exp
     lse_from_kernel = return_lse and q.is_cuda
     result = flex_attention(  # type: ignore[call-overload]

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import check_tensor
@@ -43,17 +44,34 @@ class BlockSelection:
 
 @dataclass(frozen=True)
 class TokenSelection:
-    """Tokens kept by both levels.
+    """Tokens kept by both levels, one bit each.
 
     Attributes:
-        mask: bool [B, HKV, T, N * block_size]; False outside the kept blocks and past the query's position.
+        words: int32 [B, HKV, T, W]; bit ``s % word_tokens`` of word ``s // word_tokens`` says whether slot s is kept.
+            Never outside the kept blocks, nor past the query's position.
         positions: int64 [B, T], logical positions of the query tokens.
         group: G, query heads per KV head.
+        word_tokens: tokens per word, a power of two up to 32.
+        n_slots: slots that the selection speaks of, N * block_size.
     """
 
-    mask: Tensor
+    words: Tensor
     positions: Tensor
     group: int
+    word_tokens: int
+    n_slots: int
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, positions: Tensor, group: int) -> TokenSelection:
+        """From a bool mask [B, HKV, T, S]."""
+        words = pack_bits(F.pad(mask, (0, -mask.shape[-1] % 32)).view(*mask.shape[:-1], -1, 32))
+        return cls(words, positions, group, 32, mask.shape[-1])
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool [B, HKV, T, n_slots]."""
+        bit = torch.arange(self.word_tokens, dtype=torch.int32, device=self.words.device)
+        return ((self.words[..., None] >> bit) & 1).bool().flatten(3)[..., : self.n_slots]
 
     @property
     def counts(self) -> Tensor:
@@ -61,10 +79,9 @@ class TokenSelection:
         return self.mask.sum(-1)
 
     def indices(self, width: int) -> Tensor:
-        """Int32 [B, HKV, T, width], ascending; entries past the count hold N * block_size."""
-        s = self.mask.shape[-1]
-        slot = torch.arange(s, device=self.mask.device, dtype=torch.int32)
-        return torch.where(self.mask, slot, s).sort(-1).values[..., :width]
+        """Int32 [B, HKV, T, width], ascending; entries past the count hold ``n_slots``."""
+        slot = torch.arange(self.n_slots, device=self.words.device, dtype=torch.int32)
+        return torch.where(self.mask, slot, self.n_slots).sort(-1).values[..., :width]
 
 
 def select_blocks(
@@ -193,9 +210,22 @@ def tokens_from_scores(index: KVIndex, cfg: TLSConfig, blocks: BlockSelection, s
         forced = (slot < cfg.sink_tokens) | (slot > position - cfg.recent_tokens)
         rank = torch.where(forced, torch.inf, rank).masked_fill(~keep, -torch.inf)
         keep = keep_best(rank, cfg.token_budget)
-    mask = torch.zeros(*slot.shape[:3], n_slots + cfg.block_size, dtype=torch.bool, device=scores.device)
-    mask = mask.scatter(3, slot, keep)[..., :n_slots].contiguous()
-    return TokenSelection(mask, positions, blocks.group)
+    # One bit a token, whole words a block: little to write, and 32 times less for the attention kernel to read
+    per = min(32, cfg.block_size)
+    in_block = cfg.block_size // per
+    where = (blocks.indices.long()[..., None] * in_block + torch.arange(in_block, device=scores.device)).flatten(3)
+    words = torch.zeros(*slot.shape[:3], n_slots // per + in_block, dtype=torch.int32, device=scores.device)
+    words = words.scatter(3, where, pack_bits(keep.view(*keep.shape[:3], -1, per)))
+    # The slice drops where padding entries wrote. It must also copy: to a scatter's own buffer Inductor's C++ template
+    # (torch 2.13) gives the zeros from before the scatter
+    words = words[..., : n_slots // per].contiguous()
+    return TokenSelection(words, positions, blocks.group, per, n_slots)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Bool [..., up to 32] -> int32 [...], the first bit lowest."""
+    place = torch.arange(bits.shape[-1], dtype=torch.int32, device=bits.device)
+    return (bits.int() << place).sum(-1, dtype=torch.int32)
 
 
 def keep_best(rank: Tensor, k: int) -> Tensor:

@@ -17,14 +17,15 @@ def token_score_mod(tokens: TokenSelection, base: ScoreMod | None = None, mask_m
     logical query head, query position and key position, whatever the folding.
     Call it inside your compiled step: its closure then costs no recompile.
     """
-    mask, positions, group = tokens.mask, tokens.positions, tokens.group
-    n_tokens, n_slots = mask.shape[2], mask.shape[3]
+    words, positions, group, n_slots = tokens.words, tokens.positions, tokens.group, tokens.n_slots
+    n_tokens = words.shape[2]
+    shift, within = tokens.word_tokens.bit_length() - 1, tokens.word_tokens - 1
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         # Kernels evaluate mods on lanes past the last row and slot too: clamp, then mask
         token = q_idx % n_tokens
         slot = kv_idx.clamp(max=n_slots - 1)
-        keep = mask[b, h, token, slot] & (kv_idx < n_slots)
+        keep = (((words[b, h, token, slot >> shift] >> (slot & within)) & 1) != 0) & (kv_idx < n_slots)
         if base is not None or mask_mod is not None:
             head = h * group + (q_idx // n_tokens).clamp(max=group - 1)
             position = positions[b, token].clamp(min=0)

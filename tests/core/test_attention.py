@@ -70,7 +70,7 @@ def test_the_lse_merges_two_halves(case: Case) -> None:
     half = torch.arange(whole.tokens.mask.shape[-1]) % 3 == 0
     parts = []
     for side in (half, ~half):
-        tokens = tls.TokenSelection(whole.tokens.mask & side, whole.tokens.positions, whole.tokens.group)
+        tokens = tls.TokenSelection.from_mask(whole.tokens.mask & side, whole.tokens.positions, whole.tokens.group)
         parts.append(attention_reference(case.q, case.k, case.v, tokens, scale=case.q.shape[-1] ** -0.5))
     assert whole.lse is not None
     merged = sum(out * (lse - whole.lse).exp()[..., None] for out, lse in parts)
