@@ -12,6 +12,9 @@ from .rows import Row
 
 # Ours in warm colours, dense kernels in blues, what is neither in grey
 COLOURS = {
+    "triton_total": "#9b1d3a",
+    "triton_filter16": "#b9476b",
+    "triton_blocks_only": "#dd8fa5",
     "flex_total": "#d1495b",
     "flex_given_selection": "#edae49",
     "flex_given_tokens": "#f4d58d",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from flex_tls.masks import block_mask, fold_groups, token_score_mod
@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import flex_tls as tls
-from flex_tls.attention import attend
+from flex_tls.attention import Backend, attend
 from flex_tls.flex import kernel_options
 
 from .cases import Case, InputSet, selection
@@ -120,18 +120,33 @@ def flex_given_tokens(case: Case, sets: list[InputSet], split_kv: int | None) ->
     return Job(calls, [i.tokens.mask[:, :, 0] for i in sets], case.kv_bytes(case.token_budget))
 
 
-@provider("flex_total", "total")
-def flex_total(case: Case, sets: list[InputSet], split_kv: int | None) -> Job:
-    """``two_level_attention(backend="flex")`` as a user calls it: scores, both selections, attention."""
-    cfg = tls.TLSConfig(block_size=case.block_size, block_budget=case.block_budget, token_budget=case.token_budget)
-    calls: list[Call] = []
-    masks: list[Tensor | None] = []
-    for i in sets:
-        index = tls.KVIndex.build(i.k, cfg)
-        masks.append(attend(i.q, i.k, i.v, index, cfg, backend="flex").tokens.mask[:, :, 0])
-        calls.append(partial(tls.two_level_attention, i.q, i.k, i.v, index, cfg, backend="flex"))
-    index_bytes = index.bytes_per_token * case.B * case.HKV * case.S
-    return Job(calls, masks, index_bytes + case.kv_bytes(case.token_budget))
+def _total(backend: Backend, **options: Any) -> Make:
+    """``two_level_attention`` as a user calls it: scores, both selections, attention."""
+
+    def make(case: Case, sets: list[InputSet], split_kv: int | None) -> Job:
+        budgets = {"block_size": case.block_size, "block_budget": case.block_budget, "token_budget": case.token_budget}
+        cfg = tls.TLSConfig(**{**budgets, **options})
+        calls: list[Call] = []
+        masks: list[Tensor | None] = []
+        for i in sets:
+            index = tls.KVIndex.build(i.k, cfg)
+            tokens = attend(i.q, i.k, i.v, index, cfg, backend=backend).tokens
+            assert tokens is not None
+            masks.append(tokens.mask[:, :, 0])
+            calls.append(partial(tls.two_level_attention, i.q, i.k, i.v, index, cfg, backend=backend))
+        share = 1.0 if cfg.filter_dims is None else cfg.filter_dims / cfg.label_dims
+        index_bytes = share * index.bytes_per_token * case.B * case.HKV * case.S
+        return Job(calls, masks, index_bytes + case.kv_bytes(cfg.token_budget or cfg.block_budget))
+
+    return make
+
+
+provider("flex_total", "total")(_total("flex"))
+provider("triton_total", "total", cuda_only=True)(_total("triton"))
+# Half of each label at level 1: half of its bytes
+provider("triton_filter16", "total", cuda_only=True)(_total("triton", filter_dims=16))
+# Level 1 alone: every token of the kept blocks
+provider("triton_blocks_only", "total", cuda_only=True)(_total("triton", token_budget=None))
 
 
 def _flex(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple, get_args, overload
 
+import torch
 from torch import Tensor
 
 from ._check import check_tensor
 from .config import TLSConfig
 from .flex import attend_flex
+from .fused import attend_fused, selections, why_not_fused
 from .index import KVIndex
 from .mods import MaskMod, ScoreMod
 from .reference import attention_reference
@@ -23,21 +25,29 @@ class BackendUnavailable(RuntimeError):
 
 
 class Attended(NamedTuple):
-    """Result of one call: out [B, HQ, T, D]; lse float32 [B, HQ, T], natural log, if asked for; and the selections."""
+    """Result of one call: out [B, HQ, T, D]; lse float32 [B, HQ, T], natural log, if asked for; the selections."""
 
     out: Tensor
     lse: Tensor | None
-    blocks: BlockSelection
-    tokens: TokenSelection
+    blocks: BlockSelection | None
+    tokens: TokenSelection | None
 
 
-def resolve_backend(backend: Backend) -> Literal["reference", "flex"]:
-    """The backend that ``backend`` stands for; raises for one that cannot run."""
+def resolve_backend(
+    backend: Backend, device: torch.device, obstacle: str | None
+) -> Literal["reference", "flex", "triton"]:
+    """The backend that ``backend`` stands for, given what keeps the fused kernels from running (None: nothing).
+
+    Raises:
+        BackendUnavailable: ``"triton"`` was asked for and cannot run; says why.
+    """
     if backend not in get_args(Backend):
         raise ValueError(f"backend: expected one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
-    if backend == "triton":
-        raise BackendUnavailable("backend='triton' is not part of this version yet; use 'flex' or 'auto'")
-    return "flex" if backend == "auto" else backend
+    if backend == "auto":
+        return "triton" if obstacle is None and device.type == "cuda" else "flex"
+    if backend == "triton" and obstacle is not None:
+        raise BackendUnavailable(f"backend='triton' cannot run this: {obstacle}; use 'flex' or 'auto'")
+    return backend
 
 
 @overload
@@ -73,7 +83,8 @@ def two_level_attention(
         score_mod: ``(score, b, h, q_idx, kv_idx) -> score`` in logical coordinates, on scaled scores.
         mask_mod: ``(b, h, q_idx, kv_idx) -> bool`` in logical coordinates. Define mods once, not in every step.
         scale: of the scores, 1/sqrt(D) by default.
-        backend: ``"reference"`` (eager oracle), ``"flex"`` (compiled FlexAttention, CUDA and CPU), ``"auto"``.
+        backend: ``"reference"`` (eager oracle), ``"flex"`` (compiled FlexAttention, CUDA and CPU), ``"triton"`` (fused,
+            CUDA, index "lowrank", no mods), ``"auto"``: triton where it can run, flex elsewhere.
         return_lse: also return the log-sum-exp of the kept scores, float32 [B, HQ, T], natural log.
 
     Returns:
@@ -86,8 +97,9 @@ def two_level_attention(
     Source: AsyncTLS, arXiv 2604.07815.
     """
     result = attend(
-        q, k, v, index, cfg, score_mod=score_mod, mask_mod=mask_mod, scale=scale, backend=backend, return_lse=return_lse
-    )
+        q, k, v, index, cfg,
+        score_mod=score_mod, mask_mod=mask_mod, scale=scale, backend=backend, return_lse=return_lse, selected=False,
+    )  # fmt: skip
     if return_lse:
         assert result.lse is not None
         return result.out, result.lse
@@ -106,16 +118,22 @@ def attend(
     scale: float | None = None,
     backend: Backend = "auto",
     return_lse: bool = False,
+    selected: bool = True,
 ) -> Attended:
-    """:func:`two_level_attention` with the selections that it used."""
-    chosen = resolve_backend(backend)
+    """:func:`two_level_attention` with the selections that it used; ``selected=False`` if nobody looks at them."""
     check_tensor("q", q, (index.batch_size, None, None, index.head_dim), "B, HQ, T, D")
     shape = (index.batch_size, index.n_kv_heads, index.capacity_tokens, index.head_dim)
     check_tensor("k", k, shape, "B, HKV, S, D", like=q)
     check_tensor("v", v, shape, "B, HKV, S, D", like=q)
     check_query(q, index, cfg)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if chosen == "flex":
+    has_mods = score_mod is not None or mask_mod is not None
+    chosen = resolve_backend(backend, q.device, why_not_fused(q, cfg, has_mods=has_mods, scale=scale))
+    if chosen == "triton":
+        parts = attend_fused(q, k, v, index, cfg, scale)
+        chose = selections(parts, q, index, cfg) if selected else (None, None)
+        return Attended(parts[0], parts[1] if return_lse else None, *chose)
+    if chosen != "reference":
         return Attended(*attend_flex(q, k, v, index, cfg, score_mod, mask_mod, scale, return_lse))
     blocks, tokens = select(q, index, cfg, score_mod, mask_mod, scale)
     out, lse = attention_reference(q, k, v, tokens, scale=scale, score_mod=score_mod, mask_mod=mask_mod)

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from .attention import Backend, resolve_backend
 from .cache_layer import Shared, TLSLayer, new_index
 from .config import TLSConfig
+from .fused import why_not_here
 from .model_config import read_model_config
 from .progress import Progress
 from .record import Recorder
@@ -54,7 +55,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         for name, value in (("batch_size", batch_size), ("max_len", max_len)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        resolve_backend(backend)
+        resolve_backend(backend, torch.device("cpu"), None)
         shape = read_model_config(model_config)
         self._shared = Shared(cfg or TLSConfig(), backend, shape, max_len, Progress(batch_size))
         self._dtype = dtype
@@ -192,6 +193,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         return self._dtype or self._shared.shape.dtype, self._device or torch.device("cpu")
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
+        resolve_backend(self._shared.backend, device, why_not_here(device))
         self._dtype, self._device = dtype, device
         try:
             # Also under a caller's inference mode, whose tensors could not be written to outside of it

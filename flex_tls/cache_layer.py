@@ -229,8 +229,13 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             same = len(set(step.lens_after)) == 1
             return dense_attention(q, keys, values, step.seq_lens, scale=scale, window=self.window, same_length=same)
         mask_mod = None if self.window is None else window_mask(self.window)
-        result = attend(q, keys, values, index, cfg, mask_mod=mask_mod, scale=scale, backend=shared.backend)
+        result = attend(
+            q, keys, values, index, cfg,
+            mask_mod=mask_mod, scale=scale, backend=shared.backend, selected=recorder is not None,
+        )  # fmt: skip
         if recorder is not None:
+            assert result.blocks is not None
+            assert result.tokens is not None
             recorder.add_sparse(
                 self.layer_idx, q, keys, index, result.blocks, result.tokens,
                 n_tokens=n_read, scale=scale, mask_mod=mask_mod,

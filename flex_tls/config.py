@@ -27,6 +27,8 @@ class TLSConfig:
             ``"oracle"``: exact keys kept as labels, for tests and upper bounds.
         label_dims: channels of a token label (C), cut to the head dimension; a label takes whole 32-bit words.
         label_bits: bits per label channel; 2, 4 or 8.
+        filter_dims: leading channels of a label that level 1 reads, whole 32-bit words; all (None) by default. Half of
+            them halve the bytes of level 1, which reads every label; level 2 reads whole labels of few tokens.
         block_reduce: how ``"lowrank"`` and ``"oracle"`` turn token scores into a block score.
         box_radius: share of a box's half-width that counts; 1 is Quest's bound, 0 its mid-point.
         group_reduce: how the query heads of one KV head agree. ``"softmax_mean"``: mean of each head's softmax;
@@ -43,6 +45,7 @@ class TLSConfig:
     index: IndexKind = "lowrank"
     label_dims: int = 32
     label_bits: int = 4
+    filter_dims: int | None = None
     block_reduce: BlockReduce = "max"
     box_radius: float = 0.35
     group_reduce: GroupReduce = "softmax_mean"
@@ -60,6 +63,12 @@ class TLSConfig:
         self._at_least("label_dims", 1)
         self._at_least("dense_layers", 0)
         self._at_least("sparse_query_tokens", 1)
+        per_word = 32 // self.label_bits
+        if self.filter_dims is not None and (self.filter_dims < 1 or self.filter_dims % per_word):
+            raise ValueError(
+                f"filter_dims: expected a multiple of {per_word}, the channels of {self.label_bits} bits in a 32-bit "
+                f"word, got {self.filter_dims}"
+            )
         if not 0.0 <= self.box_radius <= 1.0:
             raise ValueError(f"box_radius: expected a share between 0 and 1, got {self.box_radius}")
         least = self.forced_blocks * self.block_size

@@ -10,6 +10,9 @@ from .config import TLSConfig
 from .labels import TokenLabels
 from .summaries import BlockSummary, MeanSummary, MinMaxSummary
 
+# Query tokens of one call that the fused kernels take
+MAX_QUERY_TOKENS = 16
+
 
 class KVIndex:
     """What selection knows of a layer's keys, grown as tokens come.
@@ -57,6 +60,9 @@ class KVIndex:
         self.labels = TokenLabels.empty(
             batch_size, n_kv_heads, self.n_blocks * cfg.block_size, head_dim, dims=dims, bits=bits, device=device
         )
+        # Workspace of the fused kernels: all zeros before and after each call
+        rows = batch_size * n_kv_heads * MAX_QUERY_TOKENS
+        self.arrivals = torch.zeros(3, rows, dtype=torch.int32, device=device)
         shape = (batch_size, n_kv_heads, self.n_blocks, head_dim)
         self.summary: BlockSummary | None = None
         if cfg.index in ("quest", "box"):
@@ -249,6 +255,8 @@ class KVIndex:
             for name, buffer in self.summary.tensors.items():
                 self.summary.tensors[name] = _take_rows(buffer, rows)
         self.seq_lens = _take_rows(self.seq_lens, rows)
+        if self.arrivals.shape[1] != self.batch_size * self.n_kv_heads * MAX_QUERY_TOKENS:
+            self.arrivals = self.arrivals.new_zeros(3, self.batch_size * self.n_kv_heads * MAX_QUERY_TOKENS)
 
     def reset(self) -> None:
         """Forget every token and the fit; the buffers stay."""

@@ -118,23 +118,32 @@ class TokenLabels:
         words = (codes << torch.arange(0, 32, self.bits, dtype=torch.int32, device=k.device)).sum(-1, dtype=torch.int32)
         return words.transpose(-1, -2)
 
-    def scores(self, q: Tensor) -> Tensor:
+    def scores(self, q: Tensor, dims: int | None = None) -> Tensor:
         """Approximate ``q . (k - center)`` of every slot. q [B, HKV, R, D] -> float32 [B, HKV, R, S].
 
+        ``dims``: leading channels that count, all by default. A query's channels are rounded to 8 bits: its part of the
+        error is a tenth of the labels' own, and every backend gets the same integers, ties included.
         Written channel by channel: Inductor makes one pass over the words of it, where a matrix product would first
         write every channel out as a float (2.5 times slower on a CPU; 8 times the index's bytes on a GPU).
         """
         if self.bits is None:
             return q.float() @ self.codes
         asked = q.float() @ self.to_query
-        scores = (asked * self.low[:, :, None]).sum(-1, keepdim=True)
+        base = asked * self.low[:, :, None]
         asked = asked * self.step[:, :, None]
+        unit = (asked.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
+        exact, asked = asked, (asked / unit + 0.5).floor()
+        # What rounding takes from a channel, given back for the middle code: scores err around the truth, not beside it
+        base = base + (exact - unit * asked) * ((2**self.bits - 1) / 2)
+        base = base[..., :dims].sum(-1, keepdim=True)
         per_word = 32 // self.bits
-        for channel in range(asked.shape[-1]):
+        # Sums of integers below 2**24, exact in float32 and faster than in int32
+        total = torch.zeros_like(base)
+        for channel in range(asked.shape[-1] if dims is None else min(dims, asked.shape[-1])):
             word, place = divmod(channel, per_word)
             value = (self.codes[:, :, word] >> (place * self.bits)) & (2**self.bits - 1)
-            scores = scores + asked[..., channel, None] * value[:, :, None].to(torch.float32)
-        return scores
+            total = total + asked[..., channel, None] * value[:, :, None].to(torch.float32)
+        return base + unit * total
 
 
 def _moment(total: Tensor, count: Tensor) -> Tensor:

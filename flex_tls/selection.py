@@ -109,7 +109,7 @@ def select_blocks(
     Source: AsyncTLS, arXiv 2604.07815 (level 1).
     """
     _check(q, index, cfg)
-    tokens = token_scores(q, index, score_mod, mask_mod, scale) if _by_labels(cfg) else None
+    tokens = token_scores(q, index, score_mod, mask_mod, scale, cfg.filter_dims) if _by_labels(cfg) else None
     return blocks_from_scores(q, index, cfg, tokens, mask_mod, scale)
 
 
@@ -139,19 +139,30 @@ def select(
     mask_mod: MaskMod | None,
     scale: float | None,
 ) -> tuple[BlockSelection, TokenSelection]:
-    """Both levels, with the label scores computed once. Unchecked: for the backends."""
+    """Both levels; the label scores are computed once unless level 1 reads fewer channels. Unchecked: for backends."""
     scores = token_scores(q, index, score_mod, mask_mod, scale)
-    blocks = blocks_from_scores(q, index, cfg, scores, mask_mod, scale)
+    few = scores
+    if cfg.filter_dims is not None and _by_labels(cfg):
+        few = token_scores(q, index, score_mod, mask_mod, scale, cfg.filter_dims)
+    blocks = blocks_from_scores(q, index, cfg, few, mask_mod, scale)
     return blocks, tokens_from_scores(index, cfg, blocks, scores)
 
 
 def token_scores(
-    q: Tensor, index: KVIndex, score_mod: ScoreMod | None, mask_mod: MaskMod | None, scale: float | None
+    q: Tensor,
+    index: KVIndex,
+    score_mod: ScoreMod | None,
+    mask_mod: MaskMod | None,
+    scale: float | None,
+    dims: int | None = None,
 ) -> Tensor:
-    """Label scores after the mods, -inf where a query must not look: float32 [B, HKV, G, T, N * block_size]."""
+    """Label scores after the mods, of the first ``dims`` channels: float32 [B, HKV, G, T, N * block_size].
+
+    They are -inf where a query must not look.
+    """
     b, hq, t, d = q.shape
     hkv = index.n_kv_heads
-    scores = index.labels.scores(q.reshape(b, hkv, hq // hkv * t, d)) * _scale(scale, d)
+    scores = index.labels.scores(q.reshape(b, hkv, hq // hkv * t, d), dims) * _scale(scale, d)
     scores = scores.view(b, hkv, hq // hkv, t, -1)
     return apply_mods(scores, query_positions(index.seq_lens, t), index.capacity_tokens, score_mod, mask_mod)
 

@@ -8,6 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Before any kernel is imported: without a GPU they run on the CPU, interpreted
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Choose with pytest's --hypothesis-profile. No deadline: a first compiled call takes seconds. Too-slow checks are off
 # for the same reason; drawing is quick, what is drawn is compiled
 settings.register_profile(

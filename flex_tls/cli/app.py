@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..attention import Backend, BackendUnavailable, resolve_backend
 from ..config import TLSConfig
+from ..fused import why_not_here
 from .compare import compare
 from .plot import plot_record
 from .report import hardware, print_comparison
@@ -199,6 +200,7 @@ def _backends() -> dict[str, str]:
 
 def _path(backend: Backend) -> str:
     try:
-        return f"takes {resolve_backend(backend)!r}"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return f"takes {resolve_backend(backend, device, why_not_here(device))!r}"
     except BackendUnavailable as error:
         return str(error)

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from flex_tls import fused
 from flex_tls.cli import app as cli
 from flex_tls.cli import weights
 from flex_tls.cli.texts import library_source
@@ -41,8 +42,14 @@ def test_inspect_says_what_each_backend_would_do(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     assert found["packages"]["torch"] == torch.__version__
-    assert found["backends"]["auto"] == "takes 'flex'"
-    assert "'triton' is not part of this version" in found["backends"]["triton"]
+    expected = "triton" if torch.cuda.is_available() else "flex"
+    assert found["backends"]["auto"] == f"takes '{expected}'"
+
+
+def test_inspect_says_why_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "INSTALLED", False)
+    result = runner.invoke(cli.app, ["inspect"])
+    assert "triton is not installed" in result.output
 
 
 @pytest.fixture

@@ -171,9 +171,9 @@ def test_errors_name_what_was_expected() -> None:
         (lambda: tls.two_level_attention(q, k.to("meta"), v, index, CFG), ValueError, r"k: expected device cpu"),
         (lambda: tls.two_level_attention(q, k, v, index, CFG, backend="fast"), ValueError, r"backend: expected one of"),
         (
-            lambda: tls.two_level_attention(q, k, v, index, CFG, backend="triton"),
+            lambda: tls.two_level_attention(q, k, v, index, CFG, score_mod=lambda s, *_: s, backend="triton"),
             tls.BackendUnavailable,
-            r"backend='triton' is not part of this version yet; use 'flex' or 'auto'",
+            r"backend='triton' cannot run this: it takes no score_mod and no mask_mod; use 'flex' or 'auto'",
         ),
     ):
         with pytest.raises(error, match=message):

@@ -137,7 +137,7 @@ def test_observing_queries_in_chunks_then_refitting_equals_fitting_on_all(case: 
 @pytest.mark.parametrize("dims", [1, 7, 8, 16])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_survive_packing(bits: int, dims: int) -> None:
-    """Oracle: dequantised labels times queries, channel by channel, without packing."""
+    """Oracle: dequantised labels times queries of 8 bits, channel by channel, without packing."""
     gen = torch.Generator().manual_seed(bits)
     k, q = torch.randn(2, 3, 70, 16, generator=gen), torch.randn(2, 3, 5, 16, generator=gen)
     labels = TokenLabels.empty(2, 3, 70, 16, dims=dims, bits=bits, device=k.device)
@@ -146,8 +146,17 @@ def test_codes_survive_packing(bits: int, dims: int) -> None:
     label = (k - labels.center[:, :, None]) @ labels.to_label
     code = ((label - labels.low[:, :, None]) / labels.step[:, :, None]).round().clamp(0, 2**bits - 1)
     value = labels.low[:, :, None] + labels.step[:, :, None] * code
-    truth = (q @ labels.to_query).double() @ value.double().transpose(-1, -2)
+    asked = q @ labels.to_query
+    unit = (asked * labels.step[:, :, None]).abs().amax(-1, keepdim=True) / 127
+    rounded = (asked * labels.step[:, :, None] / unit + 0.5).floor()
+    middle = (2**bits - 1) / 2
+    lost = asked * labels.step[:, :, None] - unit * rounded
+    base = (asked * labels.low[:, :, None] + lost * middle).sum(-1, keepdim=True)
+    truth = base.double() + unit.double() * (rounded.double() @ code.double().transpose(-1, -2))
     torch.testing.assert_close(labels.scores(q).double(), truth, rtol=1e-4, atol=1e-4)
+    exact = asked.double() @ value.double().transpose(-1, -2)
+    bound = 0.5 * unit * (code - middle).abs().sum(-1)[:, :, None] + 1e-4
+    assert ((truth - exact).abs() <= bound).all()
     assert (value - label).abs().max() <= labels.step.max() * 0.51
 
 

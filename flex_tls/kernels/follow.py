@@ -1,0 +1,22 @@
+"""Launches that overlap: a kernel is set up while the one before it still runs (programmatic dependent launch)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def precede(NATIVE: tl.constexpr):
+    """Let the next kernel be launched now; it waits by itself."""
+    if NATIVE:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def follow(NATIVE: tl.constexpr):
+    """First thing in a kernel: wait until all before is done and visible, and let the next one be launched."""
+    if NATIVE:
+        gdc_wait()
+        gdc_launch_dependents()
