@@ -127,14 +127,15 @@ def test_a_million_tokens_and_more_than_two_to_the_31_elements() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_a_step_is_captured_without_synchronising_or_allocating() -> None:
     case = make(CFG, lens=[3000, 2000], s=4096, group=4, d=128, dtype=torch.bfloat16, device="cuda")
     index = case.index()
     want = tls.two_level_attention(case.q, case.k, case.v, index, CFG, backend="triton").clone()
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_stats()["num_device_alloc"]
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for _ in range(3):
             tls.two_level_attention(case.q, case.k, case.v, index, CFG, backend="triton")
     finally:
