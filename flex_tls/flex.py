@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,12 +45,14 @@ def attend_flex(
     """
     if torch.compiler.is_compiling():
         return _attend(q, k, v, index, cfg, score_mod, mask_mod, scale, return_lse, callers_graph=True)
+    # Everything that the graph depends on but what a user's mods capture
     layout = (q.device, q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride())
-    key = (layout, cfg, scale, return_lse, score_mod, mask_mod)
+    state = (q.is_inference(), k.is_inference(), torch.is_autocast_enabled(q.device.type))
+    key = (layout, state, cfg, index.cfg, scale, return_lse, score_mod, mask_mod)
     run = _compiled.get(key)
     if run is None:
         _check_mods(score_mod, mask_mod)
-        run = _compiled[key] = _compile()
+        run = _compiled[key] = _compile(guarded=score_mod is not None or mask_mod is not None)
     with torch.no_grad():
         return run(q, k, v, index, cfg, score_mod, mask_mod, scale, return_lse)
 
@@ -126,15 +128,23 @@ def _attend(
     return unfold_groups(result, blocks.group), lse if return_lse else None, blocks, tokens
 
 
-def _compile() -> Callable[..., Result]:
+def _compile(guarded: bool) -> Callable[..., Result]:
     """A compiled copy of :func:`_attend` with a code object of its own.
 
     Dynamo counts recompiles per code object and gives up after eight: one copy per key is compiled once, for good.
+    Unless ``guarded`` Dynamo looks at nothing before it runs the graph: the key says it all, and guards took 0.17 ms of
+    a layer's 1.1 on a CPU.
     """
     copy = types.FunctionType(
         _attend.__code__.replace(), globals(), _attend.__name__, _attend.__defaults__, _attend.__closure__
     )
-    return torch.compile(copy, fullgraph=True, dynamic=False)
+    return torch.compile(
+        copy, fullgraph=True, dynamic=False, options={} if guarded else {"guard_filter_fn": _no_guards}
+    )
+
+
+def _no_guards(guards: Sequence[object]) -> list[bool]:
+    return [False] * len(guards)
 
 
 def _check_mods(score_mod: ScoreMod | None, mask_mod: MaskMod | None) -> None:

@@ -134,7 +134,8 @@ class TokenLabels:
         unit = (asked.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
         exact, asked = asked, (asked / unit + 0.5).floor()
         # What rounding takes from a channel, given back for the middle code: scores err around the truth, not beside it
-        base = base + (exact - unit * asked) * ((2**self.bits - 1) / 2)
+        middle: float = (2**self.bits - 1) / 2
+        base = base + (exact - unit * asked) * middle
         base = base[..., :dims].sum(-1, keepdim=True)
         per_word = 32 // self.bits
         # Sums of integers below 2**24, exact in float32 and faster than in int32
