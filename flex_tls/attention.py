@@ -128,7 +128,7 @@ def attend(
     check_query(q, index, cfg)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     has_mods = score_mod is not None or mask_mod is not None
-    chosen = resolve_backend(backend, q.device, why_not_fused(q, cfg, has_mods=has_mods, scale=scale))
+    chosen = resolve_backend(backend, q.device, why_not_fused(q, k, v, cfg, has_mods=has_mods, scale=scale))
     if chosen == "triton":
         parts = attend_fused(q, k, v, index, cfg, scale)
         chose = selections(parts, q, index, cfg) if selected else (None, None)

@@ -64,10 +64,12 @@ class TLSConfig:
         self._at_least("dense_layers", 0)
         self._at_least("sparse_query_tokens", 1)
         per_word = 32 // self.label_bits
-        if self.filter_dims is not None and (self.filter_dims < 1 or self.filter_dims % per_word):
+        if self.filter_dims is not None and (
+            not 1 <= self.filter_dims <= self.label_dims or self.filter_dims % per_word
+        ):
             raise ValueError(
-                f"filter_dims: expected a multiple of {per_word}, the channels of {self.label_bits} bits in a 32-bit "
-                f"word, got {self.filter_dims}"
+                f"filter_dims: expected at most label_dims = {self.label_dims} and a multiple of {per_word}, the "
+                f"channels of {self.label_bits} bits in a word of 32, got {self.filter_dims}; None reads all of them"
             )
         if not 0.0 <= self.box_radius <= 1.0:
             raise ValueError(f"box_radius: expected a share between 0 and 1, got {self.box_radius}")

@@ -16,7 +16,7 @@ from .selection import BlockSelection, TokenSelection
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 INSTALLED = find_spec("triton") is not None
-# Kernels then run on the CPU too, slowly: for tests
+# Triton's own switch: kernels then run on the CPU too, slowly, for tests
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -30,7 +30,7 @@ def why_not_here(device: torch.device) -> str | None:
     return None
 
 
-def why_not_fused(q: Tensor, cfg: TLSConfig, *, has_mods: bool, scale: float) -> str | None:
+def why_not_fused(q: Tensor, k: Tensor, v: Tensor, cfg: TLSConfig, *, has_mods: bool, scale: float) -> str | None:
     """What keeps a call from the fused kernels; None if nothing does."""
     if has_mods:
         return "it takes no score_mod and no mask_mod"
@@ -42,6 +42,8 @@ def why_not_fused(q: Tensor, cfg: TLSConfig, *, has_mods: bool, scale: float) ->
         return "triton's interpreter multiplies bfloat16 as integers (3.7)"
     if q.shape[2] > MAX_QUERY_TOKENS:
         return f"it takes up to {MAX_QUERY_TOKENS} query tokens, got {q.shape[2]}"
+    if k.stride(-1) != 1 or v.stride(-1) != 1:
+        return f"it reads keys and values along a contiguous head dimension, got strides {k.stride()} and {v.stride()}"
     if scale <= 0:
         return f"it takes a positive scale, got {scale}"
     return why_not_here(q.device)
@@ -51,11 +53,12 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, index: KVIndex, cfg: TLSConfig
     """(out [B, HQ, T, D], lse float32 [B, HQ, T], block ids [R, K], counts [R], token ids [R, M], counts [R])."""
     labels = index.labels
     assert labels.bits is not None
+    n_dims = labels.to_query.shape[-1]
     parts: Parts = fused_attention(
         q, k, v, index.seq_lens, labels.codes, labels.to_query, labels.low, labels.step, index.arrivals,
         bits=labels.bits, block_size=cfg.block_size, kept_blocks=cfg.kept_blocks, token_budget=cfg.token_budget,
         sinks=cfg.sink_tokens, recent=cfg.recent_tokens, scale=scale,
-        filter_dims=labels.to_query.shape[-1] if cfg.filter_dims is None else cfg.filter_dims,
+        filter_dims=min(cfg.filter_dims or n_dims, n_dims),
         block_reduce=cfg.block_reduce, group_reduce=cfg.group_reduce,
     )  # fmt: skip
     return parts
@@ -84,27 +87,29 @@ def fused_attention(
         q.device, head_dim=q.shape[3], group=q.shape[1] // codes.shape[1], rows=rows, n_slots=n_slots,
         block_size=block_size, selected=selected,
     )  # fmt: skip
-    asked, base, unit = launch_ask(
-        q, to_query, low, step, bits=bits, n_words=codes.shape[2], filter_dims=filter_dims
-    )  # fmt: skip
-    blocks, block_counts = launch_filter_blocks(
-        codes, seq_lens, asked, base, unit, arrivals[0], n_query_tokens=q.shape[2], bits=bits, block_size=block_size,
-        kept=kept_blocks, sinks=sinks, recent=recent, scale=scale, filter_dims=filter_dims, block_reduce=block_reduce,
-        group_reduce=group_reduce, tiles=tiles,
-    )  # fmt: skip
-    if by_block:
-        ids, counts = blocks.new_empty(rows, 0), torch.empty_like(block_counts)
-    else:
-        ids, counts = launch_select_tokens(
-            codes, seq_lens, asked, base, unit, blocks, block_counts, arrivals[1], n_query_tokens=q.shape[2],
-            bits=bits, block_size=block_size, kept=selected, sinks=sinks, recent=recent, scale=scale,
-            group_reduce=group_reduce, tiles=tiles,
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device_of(q):
+        asked, base, unit = launch_ask(
+            q, to_query, low, step, bits=bits, n_words=codes.shape[2], filter_dims=filter_dims
         )  # fmt: skip
-    out, lse = launch_attend(
-        q, k, v, seq_lens, blocks if by_block else ids, block_counts if by_block else counts, arrivals[2],
-        by_block=by_block, block_size=block_size, scale=scale, tiles=tiles,
-    )  # fmt: skip
-    return out, lse, blocks, block_counts, ids, counts
+        blocks, block_counts = launch_filter_blocks(
+            codes, seq_lens, asked, base, unit, arrivals[0], n_query_tokens=q.shape[2], bits=bits,
+            block_size=block_size, kept=kept_blocks, sinks=sinks, recent=recent, scale=scale,
+            filter_dims=filter_dims, block_reduce=block_reduce, group_reduce=group_reduce, tiles=tiles,
+        )  # fmt: skip
+        if by_block:
+            ids, counts = blocks.new_empty(rows, 0), torch.empty_like(block_counts)
+        else:
+            ids, counts = launch_select_tokens(
+                codes, seq_lens, asked, base, unit, blocks, block_counts, arrivals[1], n_query_tokens=q.shape[2],
+                bits=bits, block_size=block_size, kept=selected, sinks=sinks, recent=recent, scale=scale,
+                group_reduce=group_reduce, tiles=tiles,
+            )  # fmt: skip
+        out, lse = launch_attend(
+            q, k, v, seq_lens, blocks if by_block else ids, block_counts if by_block else counts, arrivals[2],
+            by_block=by_block, block_size=block_size, scale=scale, tiles=tiles,
+        )  # fmt: skip
+        return out, lse, blocks, block_counts, ids, counts
 
 
 @fused_attention.register_fake

@@ -14,7 +14,7 @@ from .tiles import NATIVE, padded
 @triton.jit
 def ask(
     q, to_query, low, step, asked, base, unit, q_stride_b, q_stride_h, q_stride_t, n_heads, T, filter_dims,
-    D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program ``row``: the query heads of one selection; see :func:`launch_ask`."""
@@ -68,7 +68,7 @@ def launch_ask(
     unit = torch.empty(rows, group, device=q.device)
     ask[(rows,)](
         q, to_query, low, step, asked, base, unit, q.stride(0), q.stride(1), q.stride(2), hkv, t, filter_dims,
-        D=d, DP=padded(d, 16), C=c, W=n_words, WP=padded(n_words), BITS=bits, GROUP=group, ROWS=padded(group, 16),
+        D=d, DP=padded(d, 16), C=c, W=n_words, BITS=bits, GROUP=group, ROWS=padded(group, 16),
         CHANNELS=max(16, padded(n_words) * 32 // bits), NATIVE=NATIVE, num_warps=4,
     )  # fmt: skip
     return asked, base, unit

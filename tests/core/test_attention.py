@@ -175,6 +175,11 @@ def test_errors_name_what_was_expected() -> None:
             tls.BackendUnavailable,
             r"backend='triton' cannot run this: it takes no score_mod and no mask_mod; use 'flex' or 'auto'",
         ),
+        (
+            lambda: tls.two_level_attention(q, k.mT.contiguous().mT, v, index, CFG, backend="triton"),
+            tls.BackendUnavailable,
+            r"it reads keys and values along a contiguous head dimension, got strides",
+        ),
     ):
         with pytest.raises(error, match=message):
             call()  # type: ignore[no-untyped-call]

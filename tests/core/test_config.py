@@ -21,6 +21,8 @@ import flex_tls as tls
         ({"block_budget": 128}, r"block_budget: expected at least 192 tokens.*got 128; raise the budget"),
         ({"token_budget": 100}, r"token_budget: expected at least sink_tokens \+ recent_tokens = 128, got 100"),
         ({"token_budget": 9000}, r"token_budget: expected at most block_budget = 8192, got 9000"),
+        ({"filter_dims": 12}, r"filter_dims: expected at most label_dims = 32 and a multiple of 8.*got 12"),
+        ({"filter_dims": 40}, r"filter_dims: expected at most label_dims = 32 and a multiple of 8.*got 40"),
         ({"box_radius": 2.0}, r"box_radius: expected a share between 0 and 1"),
     ],
 )
