@@ -88,7 +88,7 @@ def fused_attention(
         block_size=block_size, selected=selected,
     )  # fmt: skip
     # Triton launches on the current device, which need not be the tensors'
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call,unused-ignore]
         asked, base, unit = launch_ask(
             q, to_query, low, step, bits=bits, n_words=codes.shape[2], filter_dims=filter_dims
         )  # fmt: skip
