@@ -33,6 +33,12 @@ class Attended(NamedTuple):
     tokens: TokenSelection | None
 
 
+def check_backend(backend: Backend) -> None:
+    """Raise unless there is a backend of this name."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
+
+
 def resolve_backend(
     backend: Backend, device: torch.device, obstacle: str | None
 ) -> Literal["reference", "flex", "triton"]:
@@ -41,8 +47,7 @@ def resolve_backend(
     Raises:
         BackendUnavailable: ``"triton"`` was asked for and cannot run; says why.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
+    check_backend(backend)
     if backend == "auto":
         return "triton" if obstacle is None and device.type == "cuda" else "flex"
     if backend == "triton" and obstacle is not None:
@@ -133,7 +138,7 @@ def attend(
         parts = attend_fused(q, k, v, index, cfg, scale)
         chose = selections(parts, q, index, cfg) if selected else (None, None)
         return Attended(parts[0], parts[1] if return_lse else None, *chose)
-    if chosen != "reference":
+    if chosen == "flex":
         return Attended(*attend_flex(q, k, v, index, cfg, score_mod, mask_mod, scale, return_lse))
     blocks, tokens = select(q, index, cfg, score_mod, mask_mod, scale)
     out, lse = attention_reference(q, k, v, tokens, scale=scale, score_mod=score_mod, mask_mod=mask_mod)

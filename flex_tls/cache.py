@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .attention import Backend, resolve_backend
+from .attention import Backend, check_backend, resolve_backend
 from .cache_layer import Shared, TLSLayer, new_index
 from .config import TLSConfig
 from .fused import why_not_here
@@ -55,7 +55,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         for name, value in (("batch_size", batch_size), ("max_len", max_len)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        resolve_backend(backend, torch.device("cpu"), None)
+        check_backend(backend)
         shape = read_model_config(model_config)
         self._shared = Shared(cfg or TLSConfig(), backend, shape, max_len, Progress(batch_size))
         self._dtype = dtype

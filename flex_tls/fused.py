@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 
 import torch
@@ -16,8 +15,6 @@ from .selection import BlockSelection, TokenSelection
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 INSTALLED = find_spec("triton") is not None
-# Triton's own switch: kernels then run on the CPU too, slowly, for tests
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -25,7 +22,7 @@ def why_not_here(device: torch.device) -> str | None:
     """What keeps the fused kernels from ``device``; None if nothing does."""
     if not INSTALLED:
         return "triton is not installed; pip install triton"
-    if device.type != "cuda" and not INTERPRETED:
+    if device.type != "cuda" and not _interpreted():
         return f"its kernels need a CUDA device, got {device}"
     return None
 
@@ -38,15 +35,23 @@ def why_not_fused(q: Tensor, k: Tensor, v: Tensor, cfg: TLSConfig, *, has_mods: 
         return f"it scores token labels, index='lowrank', got index={cfg.index!r}"
     if q.dtype not in DTYPES:
         return f"it takes bfloat16, float16 and float32, got {q.dtype}"
-    if q.dtype == torch.bfloat16 and INTERPRETED and not q.is_cuda:
-        return "triton's interpreter multiplies bfloat16 as integers (3.7)"
     if q.shape[2] > MAX_QUERY_TOKENS:
         return f"it takes up to {MAX_QUERY_TOKENS} query tokens, got {q.shape[2]}"
     if k.stride(-1) != 1 or v.stride(-1) != 1:
         return f"it reads keys and values along a contiguous head dimension, got strides {k.stride()} and {v.stride()}"
     if scale <= 0:
         return f"it takes a positive scale, got {scale}"
-    return why_not_here(q.device)
+    obstacle = why_not_here(q.device)
+    if obstacle is None and q.dtype == torch.bfloat16 and _interpreted():
+        return "triton's interpreter multiplies bfloat16 as integers (3.7)"
+    return obstacle
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, slowly, for tests; it says so itself."""
+    from .kernels.tiles import NATIVE
+
+    return not NATIVE
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, index: KVIndex, cfg: TLSConfig, scale: float) -> Parts:

@@ -122,7 +122,7 @@ class TokenLabels:
         """Approximate ``q . (k - center)`` of every slot. q [B, HKV, R, D] -> float32 [B, HKV, R, S].
 
         ``dims``: leading channels that count, all by default. A query's channels are rounded to 8 bits: its part of the
-        error is a tenth of the labels' own, and every backend gets the same integers, ties included.
+        error is a tenth of the labels' own, and sums of integers are exact in any backend's order, ties included.
         Written channel by channel: Inductor makes one pass over the words of it, where a matrix product would first
         write every channel out as a float (2.5 times slower on a CPU; 8 times the index's bytes on a GPU).
         """

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .follow import follow
+from .rows import locate
 from .tiles import NATIVE, Tiles, padded
 
 
@@ -25,11 +26,9 @@ def attend(
     ``ids`` holds tokens [K], or with BY_BLOCK blocks [K] of which every token up to the query's position counts.
     """
     follow(NATIVE)
-    row = tl.program_id(1).to(tl.int64)
+    row, head, position = locate(seq_lens, n_heads, T)
     split = tl.program_id(0)
-    head = row // T
     b, h, t = head // n_heads, head % n_heads, row % T
-    position = tl.load(seq_lens + b).to(tl.int32) - T + t.to(tl.int32)
     ids += row * K
     n = tl.load(counts + row)
     if BY_BLOCK:
@@ -109,13 +108,12 @@ def _merge(partial, partial_lse, out, lse, t, T,
         # In the shape of the part: a layout of its own would have to be converted, split by split
         one = tl.load(partial_lse + entry + (d * 0)[None], inside, other=float("-inf"), cache_modifier=".cg")
         result += part * tl.exp2(one - shift[:, None])
-    result = result / tl.maximum(total, 1e-37)[:, None]
-    tl.store(out + (g * T + t)[:, None] * D + d[None], result.to(out.dtype.element_ty), inside)
-    tl.store(lse + g * T + t, _lse(shift, total) * 0.6931471805599453, g < GROUP)
+    _finish(result, shift, total, out, lse, g, d, t, T, inside, D, GROUP)
 
 
 @triton.jit
 def _finish(acc, top, total, out, lse, g, d, t, T, inside, D: tl.constexpr, GROUP: tl.constexpr):
+    """Write one query token's heads: ``acc`` over its ``total`` weight, and the natural log-sum-exp."""
     result = acc / tl.maximum(total, 1e-37)[:, None]
     tl.store(out + (g * T + t)[:, None] * D + d[None], result.to(out.dtype.element_ty), inside)
     tl.store(lse + g * T + t, _lse(top, total) * 0.6931471805599453, g < GROUP)

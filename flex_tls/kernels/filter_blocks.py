@@ -9,6 +9,7 @@ from torch import Tensor
 from .follow import follow
 from .keep_best import keep_best
 from .labels import dot_codes, load_codes
+from .rows import locate
 from .tiles import NATIVE, Tiles, padded
 
 
@@ -22,9 +23,7 @@ def filter_blocks(
 ):  # fmt: skip
     """Program (i, row) scores TILES times PER blocks; the row's last program chooses."""
     follow(NATIVE)
-    row = tl.program_id(1).to(tl.int64)
-    head = row // T
-    position = tl.load(seq_lens + head // n_heads).to(tl.int32) - T + (row % T).to(tl.int32)
+    row, head, position = locate(seq_lens, n_heads, T)
     asked += row * GROUP * (8 // BITS) * W
     base += row * GROUP * 2
     unit += row * GROUP

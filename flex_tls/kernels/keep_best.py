@@ -49,8 +49,15 @@ def _load(pointers, mask, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _between(low, high):
-    return low + ((high - low) >> 1)
+def _middle(edge, beyond):
+    return edge + ((beyond - edge) >> 1)
+
+
+@triton.jit
+def _narrow(edge, reached, beyond, middle, now, k):
+    """One bisection: ``now`` keys reach ``middle``. ``reached`` keys, k or more, reach ``edge``; fewer ``beyond``."""
+    enough = now >= k
+    return tl.where(enough, middle, edge), tl.where(enough, now, reached), tl.where(enough, beyond, middle)
 
 
 @triton.jit
@@ -96,16 +103,12 @@ def keep_best(scores, n, k, blocks, keys, out, count, filler, position, sinks, r
         key = _keys(score, top, total, lane, position, sinks, recent, GROUP, UNIT, REDUCE)
         alive = tl.sum((key != 0).to(tl.int32), 0)
         reached = alive
-        # At least k keys reach `edge`, fewer reach `beyond`
         edge = tl.min(tl.where(key == 0, 0xFFFFFFFE, key), 0)
         beyond = tl.max(tl.where(key == 0xFFFFFFFF, 0, key), 0) + 1
         while (reached > k) & (beyond > edge + 1):
-            middle = _between(edge, beyond)
+            middle = _middle(edge, beyond)
             now = tl.sum((key >= middle).to(tl.int32), 0)
-            enough = now >= k
-            edge = tl.where(enough, middle, edge)
-            reached = tl.where(enough, now, reached)
-            beyond = tl.where(enough, beyond, middle)
+            edge, reached, beyond = _narrow(edge, reached, beyond, middle, now, k)
         more = tl.sum((key > edge).to(tl.int32), 0)
         _place(key, edge, tl.maximum(k - more, 0), 0, 0, lane, blocks, out, BLOCK_SIZE, UNIT)
     else:
@@ -130,16 +133,13 @@ def keep_best(scores, n, k, blocks, keys, out, count, filler, position, sinks, r
         tl.debug_barrier()
         reached = alive
         while (reached > k) & (beyond > edge + 1):
-            middle = _between(edge, beyond)
+            middle = _middle(edge, beyond)
             now = 0
             for chunk in range(CHUNKS):
                 place = chunk * BN + lane
                 key = tl.load(keys + place, place < n, other=0).to(tl.uint32, bitcast=True)
                 now += tl.sum((key >= middle).to(tl.int32), 0)
-            enough = now >= k
-            edge = tl.where(enough, middle, edge)
-            reached = tl.where(enough, now, reached)
-            beyond = tl.where(enough, beyond, middle)
+            edge, reached, beyond = _narrow(edge, reached, beyond, middle, now, k)
         more = 0
         for chunk in range(CHUNKS):
             place = chunk * BN + lane

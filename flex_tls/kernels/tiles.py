@@ -46,8 +46,8 @@ def padded(n: int, least: int = 1) -> int:
 
 @cache
 def n_processors(device: torch.device) -> int:
-    """Streaming multiprocessors; a small number where kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """Streaming multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tiles_for(
@@ -55,7 +55,19 @@ def tiles_for(
 ) -> Tiles:
     """Settings for ``rows`` selections over ``n_slots`` slots, of ``selected`` tokens in the end."""
     if device.type != "cuda":
-        return Tiles(max(block_size, 128), 2, 4, 64, 4, 16, 3, 4, 1, 128)
+        # Interpreted, on small shapes: several tiles, splits and chunks all the same
+        return Tiles(
+            filter_tile=max(block_size, 128),
+            filter_tiles=2,
+            filter_warps=4,
+            select_tile=64,
+            select_warps=4,
+            attend_tile=16,
+            attend_splits=3,
+            attend_warps=4,
+            attend_stages=1,
+            choose=128,
+        )
     processors = n_processors(device)
     filter_tile = max(block_size, 1024)
     # Few rows: latency counts, and every program takes one tile. Many: some eight programs a processor
