@@ -120,7 +120,7 @@ class KVIndex:
     @property
     def head_dim(self) -> int:
         """D."""
-        return self.labels.center.shape[-1]
+        return self.labels.to_query.shape[2]
 
     @property
     def nbytes(self) -> int:

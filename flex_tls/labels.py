@@ -22,18 +22,17 @@ class TokenLabels:
     Attributes:
         codes: int32 [B, HKV, W, S]: W words of 32 bits hold a token's channels, lowest bits first, so that neighbouring
             tokens lie side by side; or float32 [B, HKV, D, S] when ``bits`` is None (exact keys).
-        to_label: float32 [B, HKV, D, C], applied to centred keys.
+        to_code, offset: float32 [B, HKV, D, C] and [B, HKV, C]; ``key @ to_code + offset``, rounded, is the code.
         to_query: float32 [B, HKV, D, C], applied to queries.
-        center: float32 [B, HKV, D], mean key.
         low, step: float32 [B, HKV, C]; a channel's value is ``low + step * code``.
         query_sum: float32 [B, HKV, D, D], sum of q q^T over the queries seen so far.
         query_count: float32 [B], queries in that sum, per KV head.
     """
 
     codes: Tensor
-    to_label: Tensor
+    to_code: Tensor
+    offset: Tensor
     to_query: Tensor
-    center: Tensor
     low: Tensor
     step: Tensor
     query_sum: Tensor
@@ -52,9 +51,9 @@ class TokenLabels:
         eye = torch.eye(d, c, device=device).expand(b, h, d, c)
         return cls(
             codes=codes,
-            to_label=eye.clone(),
+            to_code=eye.clone(),
+            offset=torch.zeros(b, h, c, device=device),
             to_query=eye.clone(),
-            center=torch.zeros(b, h, d, device=device),
             low=torch.zeros(b, h, c, device=device),
             step=torch.ones(b, h, c, device=device),
             query_sum=torch.zeros(b, h, d, d, device=device),
@@ -93,27 +92,31 @@ class TokenLabels:
         root, inverse = _roots(_moment(self.query_sum, self.query_count))
         _, vectors = torch.linalg.eigh(root @ ck @ root)
         lead = vectors.flip(-1)[..., : self.low.shape[-1]]
-        self.center.copy_(center)
-        self.to_label.copy_(root @ lead)
+        to_label = root @ lead
         self.to_query.copy_(inverse @ lead)
-        labels = (k32 - center[:, :, None]) @ self.to_label
+        labels = (k32 - center[:, :, None]) @ to_label
         out_of_reach = ~weight[:, None, :, None]
         low = labels.masked_fill(out_of_reach, torch.inf).amin(2)
         high = labels.masked_fill(out_of_reach, -torch.inf).amax(2)
         levels = 2**self.bits - 1
         self.low.copy_(low)
-        # One token, or a channel without spread: any step does, but not zero
-        self.step.copy_(((high - low) / levels).clamp_min(torch.finfo(torch.float32).tiny * 2**24))
+        bias = (center[:, :, None] @ to_label)[:, :, 0] + low
+        # One token, or a channel without spread: any step does that float32 can resolve
+        least = torch.finfo(torch.float32).eps * (bias.abs() + to_label.abs().amax(2))
+        self.step.copy_(((high - low) / levels).maximum(least))
+        self.to_code.copy_(to_label / self.step[:, :, None])
+        self.offset.copy_(-bias / self.step)
 
     def encode(self, k: Tensor) -> Tensor:
         """Labels of keys k [B, HKV, T, D], as a slice of ``codes``: [B, HKV, W, T]."""
         if self.bits is None:
             return k.float().transpose(-1, -2)
-        labels = (k.float() - self.center[:, :, None]) @ self.to_label
-        levels = 2**self.bits - 1
-        codes = ((labels - self.low[:, :, None]) / self.step[:, :, None]).round().clamp(0, levels).to(torch.int32)
+        codes = k.float() @ self.to_code + self.offset[:, :, None]
+        codes = codes.round().clamp(0, 2**self.bits - 1).to(torch.int32)
         per_word, n_words = 32 // self.bits, self.codes.shape[2]
-        codes = F.pad(codes, (0, n_words * per_word - codes.shape[-1])).view(*codes.shape[:-1], n_words, per_word)
+        if missing := n_words * per_word - codes.shape[-1]:
+            codes = F.pad(codes, (0, missing))
+        codes = codes.view(*codes.shape[:-1], n_words, per_word)
         # Channels share no bit: their sum is their union
         words = (codes << torch.arange(0, 32, self.bits, dtype=torch.int32, device=k.device)).sum(-1, dtype=torch.int32)
         return words.transpose(-1, -2)
@@ -133,6 +136,8 @@ class TokenLabels:
         asked = asked * self.step[:, :, None]
         unit = (asked.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
         exact, asked = asked, (asked / unit + 0.5).floor()
+        # Inductor stores what as_strided takes: else its C++ loop would divide and round again for every token
+        asked = asked.as_strided(asked.shape, asked.stride())
         # What rounding takes from a channel, given back for the middle code: scores err around the truth, not beside it
         middle: float = (2**self.bits - 1) / 2
         base = base + (exact - unit * asked) * middle
