@@ -13,10 +13,12 @@ if not (Path(__file__).parent / "masks").is_dir() and (_root / "masks" / "__init
 from .attention import BackendUnavailable, two_level_attention  # noqa: E402
 from .config import TLSConfig  # noqa: E402
 from .index import KVIndex  # noqa: E402
+from .sampling import Sampling  # noqa: E402
 from .selection import BlockSelection, TokenSelection, select_blocks, select_tokens  # noqa: E402
 
 if TYPE_CHECKING:
     from .cache import TLSCache
+    from .decode import generate
     from .integrations.huggingface import disable, enable
 
 __version__ = "0.1.0"
@@ -24,11 +26,13 @@ __all__ = [
     "BackendUnavailable",
     "BlockSelection",
     "KVIndex",
+    "Sampling",
     "TLSCache",
     "TLSConfig",
     "TokenSelection",
     "disable",
     "enable",
+    "generate",
     "select_blocks",
     "select_tokens",
     "two_level_attention",
@@ -41,6 +45,10 @@ def __getattr__(name: str) -> Any:
         from .cache import TLSCache
 
         return TLSCache
+    if name == "generate":
+        from .decode import generate
+
+        return generate
     if name in ("enable", "disable"):
         from .integrations import huggingface
 

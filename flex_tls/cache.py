@@ -111,6 +111,25 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
             self._shared.progress.step = step.to(self._device)
         return layer.update(key_states, value_states)
 
+    def advance(self, n: int) -> None:
+        """Count ``n`` tokens of every row that a compiled step has written into every layer."""
+        self._settle()
+        self._shared.progress.advance(n)
+        for layer in self._tls_layers():
+            if layer.index is not None:
+                layer.index.advance(n)
+
+    def refit_if_outgrown(self) -> None:
+        """Choose new label projections where the context has outgrown them; eager forwards do it by themselves."""
+        with torch.no_grad():
+            for layer in self._tls_layers():
+                layer.refit_if_outgrown()
+
+    @property
+    def refit_at_tokens(self) -> float:
+        """Shortest length at which :meth:`refit_if_outgrown` would do something; infinite if none."""
+        return min(layer.refit_at_tokens for layer in self._tls_layers())
+
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` columns; a positive number keeps that many, as in older transformers."""
         self._settle()
@@ -157,6 +176,11 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     def cfg(self) -> TLSConfig:
         """The configuration."""
         return self._shared.cfg
+
+    @property
+    def max_len(self) -> int:
+        """Columns that fit."""
+        return self._shared.max_len
 
     @property
     def batch_size(self) -> int:

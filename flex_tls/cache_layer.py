@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -113,9 +114,9 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             _write(values, value_states, step)
             index = self.index
             if index is not None and index.fitted_tokens:
+                if step.n_new <= self.shared.cfg.sparse_query_tokens:
+                    self.refit_if_outgrown()
                 index.append(key_states, step.counts)
-                if step.n_new <= self.shared.cfg.sparse_query_tokens and self._has_outgrown_its_fit(index):
-                    index.refit(keys[:, :, : step.longest])
         self._step = step
         # A view, which lives as long as the attention call does: no reference cycle keeps the buffers alive
         handle = keys.view_as(keys)
@@ -190,12 +191,21 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         """Columns that fit."""
         return self.shared.max_len
 
-    def _has_outgrown_its_fit(self, index: KVIndex) -> bool:
-        """Whether the prompt's later chunks, or decoding since a short prompt, are worth a new projection."""
-        fitted, longest = index.fitted_tokens, index.max_len
+    def refit_if_outgrown(self) -> None:
+        """Choose a new projection if the prompt's later chunks, or decoding since a short prompt, are worth it."""
+        index = self.index
+        if index is not None and index.fitted_tokens and index.max_len >= self.refit_at_tokens:
+            index.refit(self.buffers()[0][:, :, : index.max_len])
+
+    @property
+    def refit_at_tokens(self) -> float:
+        """Length from which on the fit is outgrown; infinite if it lasts."""
+        index = self.index
+        if index is None or not index.fitted_tokens:
+            return math.inf
         if index.observed_tokens:
-            return longest >= REFIT_AFTER_CHUNKS * fitted
-        return longest >= REFIT_GROWTH * fitted and fitted < FIT_ENOUGH_TOKENS
+            return REFIT_AFTER_CHUNKS * index.fitted_tokens
+        return REFIT_GROWTH * index.fitted_tokens if index.fitted_tokens < FIT_ENOUGH_TOKENS else math.inf
 
     def _build_index(self, index: KVIndex, q: Tensor, step: Step) -> None:
         keys = self.buffers()[0][:, :, : step.longest]

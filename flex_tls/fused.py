@@ -54,13 +54,19 @@ def _interpreted() -> bool:
     return not NATIVE
 
 
-def attend_fused(q: Tensor, k: Tensor, v: Tensor, index: KVIndex, cfg: TLSConfig, scale: float) -> Parts:
-    """(out [B, HQ, T, D], lse float32 [B, HQ, T], block ids [R, K], counts [R], token ids [R, M], counts [R])."""
+def attend_fused(
+    q: Tensor, k: Tensor, v: Tensor, index: KVIndex, cfg: TLSConfig, scale: float, seq_lens: Tensor | None = None
+) -> Parts:
+    """(out [B, HQ, T, D], lse float32 [B, HQ, T], block ids [R, K], counts [R], token ids [R, M], counts [R]).
+
+    ``seq_lens`` int64 [B] in place of the index's own, for a step that counts for all layers at once.
+    """
     labels = index.labels
     assert labels.bits is not None
     n_dims = labels.to_query.shape[-1]
+    seq_lens = index.seq_lens if seq_lens is None else seq_lens
     parts: Parts = fused_attention(
-        q, k, v, index.seq_lens, labels.codes, labels.to_query, labels.low, labels.step, index.arrivals,
+        q, k, v, seq_lens, labels.codes, labels.to_query, labels.low, labels.step, index.arrivals,
         bits=labels.bits, block_size=cfg.block_size, kept_blocks=cfg.kept_blocks, token_budget=cfg.token_budget,
         sinks=cfg.sink_tokens, recent=cfg.recent_tokens, scale=scale,
         filter_dims=min(cfg.filter_dims or n_dims, n_dims),

@@ -216,6 +216,12 @@ class KVIndex:
             self.seq_lens += counts
         self.max_len = longest
 
+    def advance(self, n: int) -> None:
+        """Count ``n`` more tokens of every row, whose labels a compiled step wrote (see ``flex_tls.static``)."""
+        self._check_room(self.max_len + n)
+        self.seq_lens += n
+        self.max_len += n
+
     def crop(self, seq_lens: Tensor | int, k: Tensor | None = None) -> None:
         """Keep the first ``seq_lens`` tokens of each row (an int, or int [B]); rows already shorter stay.
 

@@ -145,6 +145,12 @@ class Progress:
         self._columns, self._next_columns = self._next_columns, None
         self.step = None
 
+    def advance(self, n: int) -> None:
+        """``n`` more columns, all of them tokens."""
+        self._columns = self._columns_after(n, None, None)
+        self.lens = [x + n for x in self.lens]
+        self.length += n
+
     def abandon(self) -> None:
         """The forward under way never ended: as if it had not begun."""
         self.step, self._next_columns = None, None

@@ -9,6 +9,8 @@ mask, the cache reads padding from the 2-D mask itself.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,9 @@ from ..cache_layer import TLSLayer
 from ..model_config import read_model_config, unsupported
 
 NAME = "flex_tls"
+
+# Keyword argument by which the compiled loop (flex_tls.decode) hands its step through the model to its attention
+STEP = "flex_tls_step"
 
 # Keyword arguments by which models ask for attention that is not softmax(scale * q k); None or absent elsewhere
 FOREIGN = ("softcap", "s_aux", "position_bias")
@@ -72,6 +77,18 @@ def disable(model: PreTrainedModel) -> None:
     model.set_attn_implementation(state.previous)
 
 
+@contextmanager
+def enabled(model: PreTrainedModel) -> Iterator[None]:
+    """Enable ``model`` for a while, if it is not enabled already."""
+    was = _state(_decoder(model)) is not None
+    enable(model)
+    try:
+        yield
+    finally:
+        if not was:
+            disable(model)
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -87,6 +104,9 @@ def attention(
     Returns:
         Output [B, T, HQ, D], and no weights.
     """
+    step = kwargs.get(STEP)
+    if step is not None:
+        return step.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2).contiguous(), None
     layer = getattr(key, "_tls_layer", None)
     if not isinstance(layer, TLSLayer):
         raise RuntimeError("past_key_values: expected a TLSCache, got keys of another cache; call tls.disable(model)")
@@ -106,6 +126,8 @@ def attention(
 
 def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the decoder."""
+    if kwargs.get(STEP) is not None:
+        return
     given = kwargs
     if args:
         given = {**kwargs, **inspect.signature(decoder.forward).bind_partial(*args).arguments}

@@ -18,21 +18,25 @@ def attend(
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     n_heads, T, K, per_split, scale,
     D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BY_BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, SP: tl.constexpr,
-    PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BY_BLOCK: tl.constexpr, ALL: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    SP: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, row) attends to entries ``i * per_split`` and on of the row's list; the last program merges.
 
-    ``ids`` holds tokens [K], or with BY_BLOCK blocks [K] of which every token up to the query's position counts.
+    ``ids`` holds tokens [K], or with BY_BLOCK blocks [K] of which every token up to the query's position counts; with
+    ALL it is not read, and every token up to the query's position counts.
     """
     follow(NATIVE)
     row, head, position = locate(seq_lens, n_heads, T)
     split = tl.program_id(0)
     b, h, t = head // n_heads, head % n_heads, row % T
     ids += row * K
-    n = tl.load(counts + row)
-    if BY_BLOCK:
-        n *= BLOCK_SIZE
+    if ALL:
+        n = position + 1
+    else:
+        n = tl.load(counts + row)
+        if BY_BLOCK:
+            n *= BLOCK_SIZE
     g = tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     lane = tl.arange(0, TILE)
@@ -49,7 +53,9 @@ def attend(
     end = tl.minimum(n, (split + 1) * per_split)
     for start in range(split * per_split, end, TILE):
         place = start + lane
-        if BY_BLOCK:
+        if ALL:
+            slot = place
+        elif BY_BLOCK:
             slot = tl.load(ids + place // BLOCK_SIZE, place < end, other=0) * BLOCK_SIZE + place % BLOCK_SIZE
         else:
             slot = tl.load(ids + place, place < end, other=0)
@@ -120,13 +126,17 @@ def _finish(acc, top, total, out, lse, g, d, t, T, inside, D: tl.constexpr, GROU
 
 
 def launch_attend(
-    q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor, ids: Tensor, counts: Tensor, arrivals: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor, ids: Tensor | None, counts: Tensor | None, arrivals: Tensor,
     *, by_block: bool, block_size: int, scale: float, tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output [B, HQ, T, D] in q's dtype and lse float32 [B, HQ, T] over tokens or blocks ``ids`` int32 [R, K]."""
+    """Output [B, HQ, T, D] in q's dtype and lse float32 [B, HQ, T] over tokens or blocks ``ids`` int32 [R, K].
+
+    Without ``ids`` over every token up to the query's position.
+    """
     b, hq, t, d = q.shape
     hkv = k.shape[1]
-    (rows, entries), group = ids.shape, hq // hkv
+    rows, group = b * hkv * t, hq // hkv
+    entries = k.shape[2] if ids is None else ids.shape[1]
     most = entries * block_size if by_block else entries
     tile = tiles.attend_tile
     per_split = -(-most // (tiles.attend_splits * tile)) * tile
@@ -135,11 +145,12 @@ def launch_attend(
     partial = lse.new_empty(rows, splits, group, d) if splits > 1 else lse
     partial_lse = lse.new_empty(rows, splits, group) if splits > 1 else lse
     attend[(splits, rows)](
-        q, k, v, seq_lens, ids, counts, partial, partial_lse, arrivals, out, lse,
+        q, k, v, seq_lens, arrivals if ids is None else ids, arrivals if counts is None else counts,
+        partial, partial_lse, arrivals, out, lse,
         q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
         v.stride(0), v.stride(1), v.stride(2), hkv, t, entries, per_split, scale,
         D=d, DP=padded(d, 16), GROUP=group, GP=padded(group), ROWS=padded(group, 16), BLOCK_SIZE=block_size,
-        BY_BLOCK=by_block, TILE=tile, SPLITS=splits, SP=padded(splits),
+        BY_BLOCK=by_block, ALL=ids is None, TILE=tile, SPLITS=splits, SP=padded(splits),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", NATIVE=NATIVE, num_warps=tiles.attend_warps,
         num_stages=tiles.attend_stages, launch_pdl=NATIVE,
     )  # fmt: skip

@@ -87,3 +87,12 @@ def tiles_for(
         attend_stages=2 if many else 1,
         choose=max(256, min(8192, 32768 // padded(group))),
     )
+
+
+def tiles_for_all(device: torch.device, *, head_dim: int, rows: int) -> Tiles:
+    """Settings of :mod:`.attend` for ``rows`` queries that read their whole context: long streams, deeply pipelined."""
+    tiles = tiles_for(device, head_dim=head_dim, group=1, rows=rows, n_slots=1, block_size=1, selected=1)
+    if device.type != "cuda":
+        return tiles
+    splits = max(1, n_processors(device) // rows)
+    return tiles._replace(attend_tile=64, attend_splits=splits, attend_warps=4, attend_stages=3)

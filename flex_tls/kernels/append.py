@@ -1,0 +1,63 @@
+"""One step's new tokens: keys and values into the cache, their labels into the index, in one launch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import padded
+
+
+@triton.jit
+def append(
+    k_new, v_new, start, keys, values, codes, to_code, offset,
+    k_new_stride_b, k_new_stride_h, k_new_stride_t, v_new_stride_b, v_new_stride_h, v_new_stride_t,
+    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, n_heads, T, S,
+    D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
+    LABELS: tl.constexpr,
+):  # fmt: skip
+    """Program ``row`` writes one token of one KV head."""
+    row = tl.program_id(0).to(tl.int64)
+    head, t = row // T, row % T
+    b, h = head // n_heads, head % n_heads
+    slot = tl.load(start + b).to(tl.int64) + t
+    d = tl.arange(0, DP)
+    key = tl.load(k_new + b * k_new_stride_b + h * k_new_stride_h + t * k_new_stride_t + d, d < D, other=0.0)
+    value = tl.load(v_new + b * v_new_stride_b + h * v_new_stride_h + t * v_new_stride_t + d, d < D, other=0.0)
+    tl.store(keys + b * k_stride_b + h * k_stride_h + slot * k_stride_s + d, key, d < D)
+    tl.store(values + b * v_stride_b + h * v_stride_h + slot * v_stride_s + d, value, d < D)
+    if LABELS:
+        PER: tl.constexpr = 32 // BITS
+        c = tl.arange(0, CHANNELS)
+        projection = tl.load(
+            to_code + head * D * C + d[:, None] * C + c[None], (d < D)[:, None] & (c < C)[None], other=0.0
+        )
+        code = tl.sum(key.to(tl.float32)[:, None] * projection, 0) + tl.load(offset + head * C + c, c < C, other=0.0)
+        code = tl.minimum(tl.maximum(tl.floor(code + 0.5), 0.0), 2**BITS - 1.0)
+        code = tl.where(c < C, code, 0.0).to(tl.int32) << (c % PER * BITS)
+        # Channels share no bit: their sum is their union
+        words = tl.sum(tl.reshape(code, (CHANNELS // PER, PER)), 1)
+        w = tl.arange(0, CHANNELS // PER)
+        tl.store(codes + (head * W + w) * S + slot, words, w < W)
+
+
+def launch_append(
+    k_new: Tensor, v_new: Tensor, start: Tensor, keys: Tensor, values: Tensor, codes: Tensor | None,
+    to_code: Tensor | None, offset: Tensor | None, *, bits: int,
+) -> None:  # fmt: skip
+    """Write k_new and v_new [B, HKV, T, D] at slots ``start[b] + t`` of keys and values [B, HKV, S, D].
+
+    With ``codes`` int32 [B, HKV, W, S'] also the tokens' labels; see :class:`flex_tls.labels.TokenLabels`.
+    """
+    b, hkv, t, d = k_new.shape
+    labels = codes is not None and to_code is not None and offset is not None
+    # Unread pointers where there are no labels
+    some = keys if codes is None else codes
+    c, w, s = (to_code.shape[-1], some.shape[2], some.shape[3]) if to_code is not None else (1, 1, 1)
+    append[(b * hkv * t,)](
+        k_new, v_new, start, keys, values, some, start if to_code is None else to_code,
+        start if offset is None else offset, *k_new.stride()[:3], *v_new.stride()[:3], *keys.stride()[:3],
+        *values.stride()[:3], hkv, t, s, D=d, DP=padded(d), C=c, CHANNELS=padded(w) * 32 // bits, W=w, BITS=bits,
+        LABELS=labels, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,66 @@
+"""What a compiled decode step runs on one layer's cache: lengths live on the device, nothing is decided on the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import TLSConfig
+from .fused import attend_fused
+from .index import KVIndex
+
+
+def decode_layer(
+    q: Tensor, k_new: Tensor, v_new: Tensor, keys: Tensor, values: Tensor, index: KVIndex | None, start: Tensor,
+    cfg: TLSConfig, *, scale: float, sparse: bool, arrivals: Tensor,
+) -> Tensor:  # fmt: skip
+    """Write the step's tokens behind ``start`` int64 [B], then attend to all of them, or to two levels' choice.
+
+    q [B, HQ, T, D], k_new and v_new [B, HKV, T, D], keys and values [B, HKV, S, D] -> [B, HQ, T, D].
+    The index's labels are written, its lengths are not: they are the caller's, once a step.
+    ``arrivals`` int32 [R]: zeros before and after, R at least B * HKV * T.
+    """
+    labels = None if index is None else index.labels
+    bits = 8 if labels is None or labels.bits is None else labels.bits
+    if labels is None:
+        append_tokens(k_new, v_new, start, keys, values, None, None, None, bits)
+    else:
+        append_tokens(k_new, v_new, start, keys, values, labels.codes, labels.to_code, labels.offset, bits)
+    seq_lens = start + q.shape[2]
+    if index is None or not sparse:
+        return attend_all(q, keys, values, seq_lens, arrivals, scale)
+    return attend_fused(q, keys, values, index, cfg, scale, seq_lens)[0]
+
+
+@torch.library.custom_op("flex_tls::append_tokens", mutates_args=("keys", "values", "codes"))
+def append_tokens(
+    k_new: Tensor, v_new: Tensor, start: Tensor, keys: Tensor, values: Tensor, codes: Tensor | None,
+    to_code: Tensor | None, offset: Tensor | None, bits: int,
+) -> None:  # fmt: skip
+    """Keys, values and labels of new tokens; see :func:`flex_tls.kernels.append.launch_append`."""
+    from .kernels.append import launch_append
+
+    k_new, v_new = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_new, v_new))
+    with torch.cuda.device_of(keys):  # type: ignore[no-untyped-call,unused-ignore]
+        launch_append(k_new, v_new, start, keys, values, codes, to_code, offset, bits=bits)
+
+
+@torch.library.custom_op("flex_tls::attend_all", mutates_args=())
+def attend_all(q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor, arrivals: Tensor, scale: float) -> Tensor:
+    """Causal attention of each row's last T tokens to all of the row, split over it: the layers that stay dense."""
+    from .kernels.attend import launch_attend
+    from .kernels.tiles import tiles_for_all
+
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    rows = q.shape[0] * k.shape[1] * q.shape[2]
+    tiles = tiles_for_all(q.device, head_dim=q.shape[3], rows=rows)
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call,unused-ignore]
+        out, _ = launch_attend(
+            q, k, v, seq_lens, None, None, arrivals, by_block=False, block_size=1, scale=scale, tiles=tiles
+        )
+    return out
+
+
+@attend_all.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor, arrivals: Tensor, scale: float) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flex_tls as tls
+from flex_tls.static import append_tokens, attend_all
+from tests.cases import make as make_case
+from tests.integrations.models import FAMILIES, SPARSE, make, prompts
+
+NO_WINDOW = [family for family in FAMILIES if "window" not in family]
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+
+
+def cache_for(model: Any, batch_size: int, max_len: int = 160, cfg: tls.TLSConfig = SPARSE) -> tls.TLSCache:
+    return tls.TLSCache(model.config, cfg, batch_size=batch_size, max_len=max_len)
+
+
+def transformers_output(model: Any, cache: tls.TLSCache, n: int, **inputs: torch.Tensor) -> torch.Tensor:
+    tls.enable(model)
+    try:
+        out: torch.Tensor = model.generate(**inputs, past_key_values=cache, max_new_tokens=n, do_sample=False)
+    finally:
+        tls.disable(model)
+    return out
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("lens", [(90,), (90, 41, 7)])
+def test_greedy_is_what_transformers_generates(family: str, lens: tuple[int, ...]) -> None:
+    model, inputs = make(family), prompts(*lens)
+    theirs, ours = cache_for(model, len(lens)), cache_for(model, len(lens))
+    want = transformers_output(model, theirs, 12, **inputs)
+    got = tls.generate(
+        model, inputs["input_ids"], attention_mask=inputs["attention_mask"], cache=ours, max_new_tokens=12,
+        compiled=False,
+    )  # fmt: skip
+    assert torch.equal(got, want)
+    assert (ours.seq_lens, ours.get_seq_length()) == (theirs.seq_lens, theirs.get_seq_length())
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize(("family", "lens"), [("qwen3", (90,)), ("llama", (28, 9))])
+def test_the_compiled_step_generates_the_same(family: str, lens: tuple[int, ...], device: str) -> None:
+    """The second case begins dense, passes the budgets while decoding, and outgrows its fit: three kinds of step."""
+    model = make(family).to(device)
+    inputs = {name: x.to(device) for name, x in prompts(*lens).items()}
+    want = transformers_output(model, cache_for(model, len(lens)), 12, **inputs)
+    cache = cache_for(model, len(lens))
+    got = tls.generate(
+        model, inputs["input_ids"], attention_mask=inputs["attention_mask"], cache=cache, max_new_tokens=12,
+        compiled=True,
+    )  # fmt: skip
+    assert torch.equal(got, want)
+    held = [n + 11 for n in lens]
+    assert cache.seq_lens == held
+    index: Any = cache.layers[1]
+    assert index.index.seq_lens.tolist() == held
+    # The next turn goes on from there
+    more = torch.cat([got, inputs["input_ids"][:, -5:]], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more[:, inputs["attention_mask"].shape[1] :])], 1)
+    assert tls.generate(model, more, attention_mask=mask, cache=cache, max_new_tokens=3, compiled=False).shape[1] == (
+        more.shape[1] + 3
+    )
+
+
+def test_rows_end_at_their_stop_token() -> None:
+    model, inputs = make("qwen3"), prompts(40, 33)
+    arguments = {"attention_mask": inputs["attention_mask"], "max_new_tokens": 10, "compiled": False}
+    free = tls.generate(model, inputs["input_ids"], cache=cache_for(model, 2), **arguments)[:, 40:]
+    stop = int(free[0, 3])
+    cache = cache_for(model, 2)
+    got = tls.generate(
+        model, inputs["input_ids"], cache=cache, stop_token_ids=[stop], pad_token_id=5, **arguments
+    )[:, 40:]  # fmt: skip
+    for row, whole in zip(got.tolist(), free.tolist(), strict=True):
+        end = whole.index(stop) + 1 if stop in whole else len(whole)
+        assert row[:end] == whole[: min(end, len(row))]
+        assert set(row[end:]) <= {5}
+    assert cache.get_seq_length() == 40 + got.shape[1] - 1
+
+
+def test_streamer_and_seed() -> None:
+    model, inputs = make("llama"), prompts(30)
+
+    class Streamer:
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+            self.ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    def run(seed: int, streamer: Streamer | None = None) -> list[int]:
+        out = tls.generate(
+            model, inputs["input_ids"], cache=cache_for(model, 1), max_new_tokens=8, seed=seed, streamer=streamer,
+            sampling=tls.Sampling(temperature=1.5), compiled=False,
+        )  # fmt: skip
+        tokens: list[int] = out[0, 30:].tolist()
+        return tokens
+
+    streamer = Streamer()
+    assert run(1, streamer) == run(1) == streamer.tokens
+    assert streamer.ended
+    assert len({tuple(run(seed)) for seed in range(4)}) > 1
+
+
+def test_errors_say_what_to_do() -> None:
+    model, ids = make("llama"), prompts(30)["input_ids"]
+    with pytest.raises(ValueError, match="expected room for 190 tokens"):
+        tls.generate(model, ids, cache=cache_for(model, 1), max_new_tokens=160)
+    with pytest.raises(ValueError, match="max_new_tokens: expected at least 1"):
+        tls.generate(model, ids, cache=cache_for(model, 1), max_new_tokens=0)
+    cache = cache_for(model, 1)
+    tls.generate(model, ids, cache=cache, max_new_tokens=2, compiled=False)
+    with pytest.raises(ValueError, match="expected more than the 31 tokens"):
+        tls.generate(model, ids, cache=cache, max_new_tokens=2)
+    windowed = make("mistral, window")
+    with pytest.raises(ValueError, match=r"sliding windows.*compiled=False"):
+        tls.generate(windowed, ids, cache=cache_for(windowed, 1), max_new_tokens=4, compiled=True)
+    box = tls.TLSConfig(block_size=16, block_budget=48, token_budget=32, sink_tokens=4, recent_tokens=8, index="box")
+    with pytest.raises(ValueError, match="index='lowrank'"):
+        tls.generate(model, ids, cache=cache_for(model, 1, cfg=box), max_new_tokens=4, compiled=True)
+
+
+@given(st.integers(1, 5), st.lists(st.integers(1, 150), min_size=1, max_size=3), st.integers(1, 3))
+def test_attend_all_is_dense_attention(group: int, lens: list[int], t: int) -> None:
+    case = make_case(SPARSE, lens=[max(n, t) for n in lens], s=160, group=group, t=t)
+    b, hkv = len(lens), 2
+    out = attend_all(case.q, case.k, case.v, case.seq_lens, torch.zeros(b * hkv * t, dtype=torch.int32), 0.25)
+    k, v = (x.repeat_interleave(group, 1).double() for x in (case.k, case.v))
+    position = case.seq_lens[:, None] - t + torch.arange(t)
+    mask = (torch.arange(160) <= position[..., None])[:, None]
+    want = torch.nn.functional.scaled_dot_product_attention(case.q.double(), k, v, attn_mask=mask, scale=0.25)
+    torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 60), min_size=1, max_size=3), st.integers(1, 3),
+       st.sampled_from((2, 4, 8)), st.sampled_from((1, 7, 8, 16)))  # fmt: skip
+def test_append_tokens_is_append(seed: int, start: list[int], t: int, bits: int, dims: int) -> None:
+    cfg = tls.TLSConfig(block_size=16, block_budget=48, token_budget=32, sink_tokens=4, recent_tokens=8,
+                        label_dims=dims, label_bits=bits)  # fmt: skip
+    case = make_case(cfg, lens=[64] * len(start), s=64, seed=seed)
+    index = tls.KVIndex.build(case.k, cfg, capacity_tokens=64)
+    labels = index.labels
+    new = make_case(cfg, lens=[t] * len(start), s=t, seed=seed + 1)
+    keys, values, codes = case.k.clone(), case.v.clone(), labels.codes.clone()
+    append_tokens(new.k, new.v, torch.tensor(start), keys, values, codes, labels.to_code, labels.offset, bits)
+    slot = torch.tensor(start)[:, None] + torch.arange(t)
+    want_keys, want_values, want_codes = case.k.clone(), case.v.clone(), labels.codes.clone()
+    where = slot[:, None, :, None].expand(new.k.shape)
+    want_keys.scatter_(2, where, new.k)
+    want_values.scatter_(2, where, new.v)
+    code = labels.encode(new.k)
+    want_codes.scatter_(3, slot[:, None, None].expand(code.shape), code)
+    assert torch.equal(keys, want_keys)
+    assert torch.equal(values, want_values)
+    # Sums run in another order: a channel on the edge of two codes may take either
+    assert (codes != want_codes).float().mean() < 0.02
