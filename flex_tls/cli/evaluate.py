@@ -85,7 +85,8 @@ def ppl(
         seen = {row.key: row for row in (rows.read(out) if out else []) if isinstance(row, rows.PplRow)}
 
         def key(digest: str, method: Method) -> rows.Key:
-            return ("ppl", origin.model, origin.dtype, digest, rows.config_key(method.config), str(context_tokens))
+            config = rows.config_key(method.config)
+            return ("ppl", origin.model, origin.dtype, digest, method.name, config, str(context_tokens))
 
         def is_missing(digest: str, method: Method) -> bool:
             row = seen.get(key(digest, method))
@@ -174,7 +175,7 @@ def retrieval(
             ]
 
         def key(digest: str, method: Method) -> rows.Key:
-            return ("retrieval", origin.model, origin.dtype, digest, rows.config_key(method.config))
+            return ("retrieval", origin.model, origin.dtype, digest, method.name, rows.config_key(method.config))
 
         wanted = [(q, m) for q in questions for m in chosen[q.length_tokens]]
         with _bar(console, sum(key(q.digest, m) not in seen for q, m in wanted)) as advance:

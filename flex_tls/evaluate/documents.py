@@ -42,25 +42,25 @@ def expand(paths: Sequence[Path]) -> list[Path]:
 def read_documents(paths: Sequence[Path], tokenizer: Any, n_tokens: int, limit: int) -> list[Document]:
     """The first ``n_tokens`` of each file that is long enough, at most ``limit`` files, in order.
 
-    One document a file: documents of one file would not be independent, and intervals resample documents.
-    Bytes that are not UTF-8 are replaced.
+    One document a file, and none twice: intervals resample documents, which must be independent. Bytes that are not
+    UTF-8 are replaced.
 
     Raises:
         ValueError: no file is long enough.
     """
-    found: list[Document] = []
+    found: dict[tuple[int, ...], Document] = {}
     for path in expand(paths):
         if len(found) == limit:
             break
         text = path.read_text(encoding="utf-8", errors="replace")
         # A token takes a byte or more: what is shorter need not be tokenised
         if len(text.encode()) >= n_tokens:
-            token_ids = tokenizer(text).input_ids[:n_tokens]
+            token_ids = tuple(tokenizer(text).input_ids[:n_tokens])
             if len(token_ids) == n_tokens:
-                found.append(Document(path.name, tuple(token_ids)))
+                found.setdefault(token_ids, Document(path.name, token_ids))
     if not found:
         raise ValueError(
             f"documents: expected files of at least {n_tokens} tokens, none of {len(paths)} given is; lower "
             "--context-tokens or --score-tokens, or give longer files"
         )
-    return found
+    return list(found.values())

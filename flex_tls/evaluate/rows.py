@@ -57,7 +57,7 @@ class Row:
     @property
     def key(self) -> Key:
         """Two rows of one key measured the same thing."""
-        return (self.eval, self.model, self.dtype, self.digest, config_key(self.config))
+        return (self.eval, self.model, self.dtype, self.digest, self.method, config_key(self.config))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from flex_tls import fused
@@ -50,29 +48,6 @@ def test_inspect_says_why_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fused, "INSTALLED", False)
     result = runner.invoke(cli.app, ["inspect"])
     assert "triton is not installed" in result.output
-
-
-@pytest.fixture
-def model_folder(tmp_path: Path) -> Path:
-    """A random Llama, and a tokenizer of single characters."""
-    letters = sorted({chr(i) for i in range(32, 127)} | {"\n", "\t"})
-    plain = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token=" "))
-    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    folder = tmp_path / "model"
-    PreTrainedTokenizerFast(tokenizer_object=plain, unk_token=" ").save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(letters),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    return folder
 
 
 def test_generate_compares_writes_figures_and_draws(model_folder: Path, tmp_path: Path) -> None:
