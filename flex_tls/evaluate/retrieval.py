@@ -65,7 +65,10 @@ def make_question(
 
     fits, found = kind.min_units, make(kind.min_units)
     if len(found[1]) > length_tokens:
-        raise ValueError(f"length: expected at least {len(found[1])} tokens for {task!r}, got {length_tokens}")
+        raise ValueError(
+            f"length: expected at least {len(found[1])} tokens for {task!r}, got {length_tokens}; raise --length or "
+            "leave the task out"
+        )
     # Double until it is too long, then halve the gap
     too_long = fits + 1
     while len((tried := make(too_long))[1]) <= length_tokens:
