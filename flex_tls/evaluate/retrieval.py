@@ -120,7 +120,7 @@ def answer(
                 if int(token) in ends:
                     break
                 token_ids.append(int(token))
-                text = tokenizer.decode(token_ids)
+                text = tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
         share = 0.0 if method.cfg is None else prompt.index_share
         yield method, Answer(text, recall(text, references), share)
 

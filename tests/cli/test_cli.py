@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from flex_tls import fused
 from flex_tls.cli import app as cli
-from flex_tls.cli import weights
+from flex_tls.cli import options, weights
 from flex_tls.cli.texts import library_source
 
 runner = CliRunner()
@@ -20,18 +20,18 @@ runner = CliRunner()
     ("text", "tokens"), [("2048", 2048), ("1/4", 1500), ("0.125", 750), ("1/1", 6000), ("6000", 6000)]
 )
 def test_budgets_are_counts_or_shares_of_the_context(text: str, tokens: int) -> None:
-    assert cli.budget(text, 6000, "--block-budget") == tokens
+    assert options.budget(text, 6000, "--block-budget") == tokens
 
 
 @pytest.mark.parametrize("text", ["", "many", "1/0", "0", "-3", "1/9000"])
 def test_a_budget_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter, match=r"expected"):
-        cli.budget(text, 6000, "--block-budget")
+        options.budget(text, 6000, "--block-budget")
 
 
 def test_a_configuration_that_cannot_be_says_why() -> None:
     with pytest.raises(typer.BadParameter, match=r"token_budget: expected at most block_budget = 1500, got 3000"):
-        cli.config(6000, "1/4", "1/2", 32)
+        options.config(6000, "1/4", "1/2", 32)
 
 
 def test_inspect_says_what_each_backend_would_do(tmp_path: Path) -> None:
