@@ -18,12 +18,15 @@ from ..attention import Backend, BackendUnavailable, resolve_backend
 from ..config import TLSConfig
 from ..fused import why_not_here
 from .compare import compare
+from .evaluate import eval_app
+from .options import config, load_model
 from .plot import plot_record
 from .report import hardware, print_comparison
 from .texts import library_source, question_about
 from .weights import load_smollm2
 
 app = typer.Typer(help="Two-level sparse attention for long-context decoding.", no_args_is_help=True)
+app.add_typer(eval_app, name="eval")
 
 NewTokens = Annotated[int, typer.Option(min=2, help="Tokens to decode.")]
 BlockBudget = Annotated[str, typer.Option(help="Level 1: tokens kept as blocks; a count, or a share as 1/4.")]
@@ -36,37 +39,6 @@ PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw kept mass an
 def main() -> None:
     """Entry point of ``flex-tls``."""
     app()
-
-
-def budget(text: str, context: int, name: str) -> int:
-    """Tokens from a count ('2048') or a share of the context ('1/4', '0.25')."""
-    try:
-        over, _, under = text.partition("/")
-        value = float(over) / float(under) if under else float(text)
-    except (ValueError, ZeroDivisionError):
-        raise typer.BadParameter(
-            f"expected a count or a share of the context such as 1/4, got {text!r}", param_hint=name
-        ) from None
-    tokens = int(value * context) if under or not value.is_integer() else int(value)
-    if tokens < 1:
-        raise typer.BadParameter(f"expected at least 1 token, got {text!r} of {context}", param_hint=name)
-    return tokens
-
-
-def config(context: int, block_budget: str, token_budget: str, block_size: int) -> TLSConfig:
-    """The options as a configuration for a prompt of ``context`` tokens."""
-    blocks = budget(block_budget, context, "--block-budget")
-    tokens = None if token_budget == "all" else budget(token_budget, context, "--token-budget")
-    try:
-        return TLSConfig(
-            block_size=block_size,
-            block_budget=blocks,
-            token_budget=tokens,
-            sink_tokens=block_size,
-            recent_tokens=block_size,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 @app.command()
@@ -108,21 +80,10 @@ def generate(
     plot: PlotFile = None,
 ) -> None:
     """Your own model and text: decode with two-level attention, next to full attention."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     console = Console()
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"expected float32, bfloat16, float16 or auto, got {dtype!r}", param_hint="--dtype")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     with console.status(f"loading {model_name}"):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model_name)
-            model: Any = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype)
-            model = model.to(device).eval()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise typer.BadParameter(f"{model_name!r} could not be loaded: {error}", param_hint="--model") from error
-    ids = tokenizer(prompt_file.read_text(), return_tensors="pt").input_ids.to(device)
+        model, tokenizer = load_model(model_name, device, dtype)
+    ids = tokenizer(prompt_file.read_text(), return_tensors="pt").input_ids.to(model.device)
     if ids.shape[1] < 1:
         raise typer.BadParameter(f"expected text, {prompt_file} holds none", param_hint="--prompt-file")
     cfg = config(ids.shape[1], block_budget, token_budget, block_size)

@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import DynamicCache
 
 from ..cache import TLSCache
 from ..config import TLSConfig
+from ..evaluate.prefilled import dynamic_copy
 from ..integrations.huggingface import disable, enable
 from ..record import Record, Recorder
 
@@ -106,7 +106,7 @@ def compare(
         start = time.perf_counter()
         first = _prefill(step(cache), ids, console)
         prefill_seconds = time.perf_counter() - start
-        other = _dynamic_copy(cache, model.config) if dense else None
+        other = dynamic_copy(cache, model.config) if dense else None
         with console.status("compiling the decode step (once per shape; up to a minute on a CPU)"):
             start = time.perf_counter()
             step(cache)(ids[:, -1:])
@@ -192,13 +192,3 @@ def _forced(run: Callable[[Tensor], Tensor], first: Tensor, token_ids: list[int]
     with console.status("measuring agreement and kept mass on the same tokens"):
         rows = [run(torch.tensor([[token]], device=first.device)) for token in token_ids[:-1]]
     return torch.cat([first, *rows]).cpu()
-
-
-def _dynamic_copy(cache: TLSCache, config: Any) -> DynamicCache:
-    """The prefilled keys and values as transformers' default cache."""
-    n = cache.get_seq_length()
-    copy = DynamicCache(config=config)
-    layers: list[Any] = cache.layers
-    for i, layer in enumerate(layers):
-        copy.update(layer.keys[:, :, :n].clone(), layer.values[:, :, :n].clone(), i)
-    return copy

@@ -1,7 +1,8 @@
-"""A comparison as a picture: kept mass of every layer, and which blocks each step selected."""
+"""Pictures: what one decoding kept, and how far methods are from dense attention at each budget."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -9,6 +10,7 @@ import matplotlib as mpl
 mpl.use("agg")
 import matplotlib.pyplot as plt
 
+from ..evaluate.summary import PplSummary
 from ..record import Record
 
 
@@ -32,4 +34,34 @@ def plot_record(record: Record, path: Path, title: str) -> None:
     axes[-1].set_xlabel(f"block of {record.block_size} tokens")
     figure.colorbar(image, ax=list(axes[1:]), label="share of KV heads")
     figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_accuracy(lines: Sequence[PplSummary], path: Path) -> None:
+    """KL over kept tokens for every method, a panel for each model and context; bars are 95% intervals."""
+    panels = list(dict.fromkeys((line.model, line.context_tokens) for line in lines))
+    names = list(dict.fromkeys(line.method for line in lines))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6.4 * len(panels), 4.8), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        shown = [line for line in lines if (line.model, line.context_tokens) == panel]
+        for i, name in enumerate(names):
+            curve = sorted((x for x in shown if x.method == name), key=lambda x: (x.kept_tokens, -x.kl.mean))
+            kl = [x.kl.mean for x in curve]
+            # A resample's percentiles need not lie on both sides of the mean
+            below = [max(0.0, x.kl.mean - x.kl.low) for x in curve]
+            above = [max(0.0, x.kl.high - x.kl.mean) for x in curve]
+            kept = [x.kept_tokens for x in curve]
+            axis.errorbar(kept, kl, yerr=[below, above], marker="o", ms=4, capsize=3, color=f"C{i % 10}", label=name)
+        n_documents = sorted({line.n_documents for line in shown})
+        axis.set_title(f"{Path(panel[0]).name}, {panel[1]:,} tokens; {', '.join(map(str, n_documents))} documents")
+        axis.set(yscale="log", xlabel="tokens attended to, per KV head")
+        ticks = sorted({x.kept_tokens for x in shown})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
+    axes[0][0].set_ylabel("KL(dense || method) per token; bars 95% intervals")
+    axes[0][-1].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
     plt.close(figure)

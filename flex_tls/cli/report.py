@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..evaluate.bootstrap import Interval
+from ..evaluate.summary import PplSummary, RetrievalSummary
 from .compare import Comparison
 
 
@@ -87,4 +92,55 @@ def print_comparison(result: Comparison, console: Console) -> None:
         f"prefill {result.prefill_seconds:.1f} s; first compiled step {result.compile_seconds:.1f} s",
         highlight=False,
     )
+    _print_machine(console)
+
+
+def print_ppl(lines: Sequence[PplSummary], console: Console) -> None:
+    """One line a method, with 95% intervals over documents, and the machine below."""
+    with_mass = any(line.kept_mass is not None for line in lines)
+    names = ("method", "blocks", "tokens", "KL(dense ||)", "ppl/dense", "agreement", "index")
+    table = _table((*names, "mass") if with_mass else names)
+    for line in (x for x in lines if x.config is not None):
+        assert line.config is not None
+        cells = [line.method, f"{line.config['block_budget']:,}", f"{line.kept_tokens:,}"]
+        cells += [_interval(line.kl, ".4f"), _interval(line.perplexity_ratio, ".4f"), _interval(line.agreement, ".1%")]
+        cells += [f"{line.index_share:.1%}", "" if line.kept_mass is None else f"{line.kept_mass:.1%}"]
+        table.add_row(*cells[: len(table.columns)])
+    console.print(table)
+    for line in (x for x in lines if x.config is None):
+        console.print(
+            f"dense: perplexity {line.perplexity:.3f}, {line.score_tokens:,} tokens in {line.n_documents} documents, "
+            f"after {line.context_tokens:,} each",
+            highlight=False,
+        )
+    _print_machine(console)
+
+
+def print_retrieval(lines: Sequence[RetrievalSummary], console: Console) -> None:
+    """One line a task and method, with 95% intervals over samples, and the machine below."""
+    table = _table(("task", "length", "depth", "method", "tokens", "score", "dense less this"))
+    for line in lines:
+        depth = "" if line.depth is None else f"{line.depth:g}"
+        loss = "" if line.loss is None or line.config is None else _interval(line.loss, ".1%")
+        cells = (line.task, f"{line.length_tokens:,}", depth, line.method, f"{line.kept_tokens:,}")
+        table.add_row(*cells, _interval(line.score, ".1%"), loss)
+    console.print(table)
+    console.print(f"score: share of references found, {lines[0].n_samples} samples a line", highlight=False)
+    _print_machine(console)
+
+
+def _table(names: Sequence[str]) -> Table:
+    """Narrow enough for 80 characters with every interval below its mean."""
+    table = Table(title="95% bootstrap intervals", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(name, justify="left" if name in ("task", "method") else "right", no_wrap=name == "method")
+    return table
+
+
+def _print_machine(console: Console) -> None:
     console.print(" · ".join(f"{k} {v}" for k, v in hardware().items() if v is not None), highlight=False)
+
+
+def _interval(x: Interval, form: str) -> str:
+    """The mean and, below it, its interval if it has one."""
+    return f"{x.mean:{form}}" if math.isnan(x.low) else f"{x.mean:{form}}\n{x.low:{form}}-{x.high:{form}}"

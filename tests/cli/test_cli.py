@@ -6,13 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from flex_tls import fused
 from flex_tls.cli import app as cli
-from flex_tls.cli import weights
+from flex_tls.cli import options, weights
 from flex_tls.cli.texts import library_source
 
 runner = CliRunner()
@@ -22,18 +20,18 @@ runner = CliRunner()
     ("text", "tokens"), [("2048", 2048), ("1/4", 1500), ("0.125", 750), ("1/1", 6000), ("6000", 6000)]
 )
 def test_budgets_are_counts_or_shares_of_the_context(text: str, tokens: int) -> None:
-    assert cli.budget(text, 6000, "--block-budget") == tokens
+    assert options.budget(text, 6000, "--block-budget") == tokens
 
 
 @pytest.mark.parametrize("text", ["", "many", "1/0", "0", "-3", "1/9000"])
 def test_a_budget_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter, match=r"expected"):
-        cli.budget(text, 6000, "--block-budget")
+        options.budget(text, 6000, "--block-budget")
 
 
 def test_a_configuration_that_cannot_be_says_why() -> None:
     with pytest.raises(typer.BadParameter, match=r"token_budget: expected at most block_budget = 1500, got 3000"):
-        cli.config(6000, "1/4", "1/2", 32)
+        options.config(6000, "1/4", "1/2", 32)
 
 
 def test_inspect_says_what_each_backend_would_do(tmp_path: Path) -> None:
@@ -50,29 +48,6 @@ def test_inspect_says_why_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fused, "INSTALLED", False)
     result = runner.invoke(cli.app, ["inspect"])
     assert "triton is not installed" in result.output
-
-
-@pytest.fixture
-def model_folder(tmp_path: Path) -> Path:
-    """A random Llama, and a tokenizer of single characters."""
-    letters = sorted({chr(i) for i in range(32, 127)} | {"\n", "\t"})
-    plain = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token=" "))
-    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    folder = tmp_path / "model"
-    PreTrainedTokenizerFast(tokenizer_object=plain, unk_token=" ").save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(letters),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    return folder
 
 
 def test_generate_compares_writes_figures_and_draws(model_folder: Path, tmp_path: Path) -> None:

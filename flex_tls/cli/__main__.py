@@ -1,0 +1,7 @@
+"""``python -m flex_tls.cli`` is ``flex-tls``."""
+
+from __future__ import annotations
+
+from . import main
+
+main()

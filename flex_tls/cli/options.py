@@ -1,0 +1,72 @@
+"""What the commands' options mean: budgets, configurations, models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from ..config import TLSConfig
+from .weights import load_smollm2
+
+
+def budget(text: str, context: int, name: str) -> int:
+    """Tokens from a count ('2048') or a share of the context ('1/4', '0.25')."""
+    try:
+        over, _, under = text.partition("/")
+        value = float(over) / float(under) if under else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise typer.BadParameter(
+            f"expected a count or a share of the context such as 1/4, got {text!r}", param_hint=name
+        ) from None
+    tokens = int(value * context) if under or not value.is_integer() else int(value)
+    if tokens < 1:
+        raise typer.BadParameter(f"expected at least 1 token, got {text!r} of {context}", param_hint=name)
+    return tokens
+
+
+def config(context: int, block_budget: str, token_budget: str, block_size: int) -> TLSConfig:
+    """The options as a configuration for a prompt of ``context`` tokens."""
+    blocks = budget(block_budget, context, "--block-budget")
+    tokens = None if token_budget == "all" else budget(token_budget, context, "--token-budget")
+    try:
+        return TLSConfig(
+            block_size=block_size,
+            block_budget=blocks,
+            token_budget=tokens,
+            sink_tokens=block_size,
+            recent_tokens=block_size,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def load_model(name: str | None, device: str, dtype: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder, a hub id or a GGUF file, in evaluation mode.
+
+    Args:
+        name: what transformers' ``from_pretrained`` takes, or a path that ends in ``.gguf``; None for the demo's model.
+        device: ``"auto"`` takes CUDA where there is any.
+        dtype: ``"auto"`` takes the one that the weights are stored in.
+    """
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"expected float32, bfloat16, float16 or auto, got {dtype!r}", param_hint="--dtype")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model, tokenizer = load_smollm2() if name is None else _from_pretrained(name, dtype)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise typer.BadParameter(f"{name!r} could not be loaded: {error}", param_hint="--model") from error
+    model = model.to(device)
+    return (model if dtype == "auto" else model.to(getattr(torch, dtype))).eval(), tokenizer
+
+
+def _from_pretrained(name: str, dtype: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(name)
+    source, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options), tokenizer

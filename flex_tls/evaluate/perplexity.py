@@ -1,0 +1,104 @@
+"""Teacher-forced decoding of documents, one token a step: how far each method's predictions are from dense ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import Backend
+from ..record import Recorder
+from .methods import Method
+from .prefilled import Prefilled, Step
+
+
+@dataclass(frozen=True)
+class Score:
+    """One document under one method: means over the scored tokens; fields as in :class:`.rows.PplRow`."""
+
+    kl: float
+    nll: float
+    nll_dense: float
+    agreement: float
+    kept_mass: dict[str, float] | None
+    index_share: float
+
+
+def score_documents(
+    model: Any,
+    ids: Tensor,
+    context_tokens: int,
+    methods: Sequence[Method],
+    *,
+    backend: Backend = "auto",
+    kept_mass: bool = False,
+    on_step: Callable[[str], None] = lambda method: None,
+) -> Iterator[tuple[Method, list[Score]]]:
+    """Score B documents side by side under every method; dense attention runs first, whether asked for or not.
+
+    Token ``context_tokens`` and all later ones are scored. The step that scores a token reads the one before it, so
+    that every scored token went through the method's decode path; what came earlier is read as a prompt, once.
+
+    Args:
+        model: a causal model of transformers.
+        ids: int64 [B, S], documents of equal length.
+        context_tokens: tokens before the first scored one, at least 2.
+        methods: what to compare with dense attention.
+        backend: of :func:`flex_tls.two_level_attention`.
+        kept_mass: also measure it, which reads all keys in every step; for one document at a time.
+        on_step: called with the method's name after every step.
+
+    Yields:
+        Each method with a score a document, as soon as it is known.
+    """
+    b, s = ids.shape
+    n_scored = s - context_tokens
+    if context_tokens < 2 or n_scored < 1:
+        raise ValueError(f"context_tokens: expected 2 to {s - 1}, with {s} tokens a document, got {context_tokens}")
+    if kept_mass and b > 1:
+        raise ValueError(f"kept_mass: expected one document at a time, got {b}; a recorder averages over rows")
+    prompt = Prefilled(model, ids[:, : context_tokens - 1], n_scored, backend)
+    # Kept in the model's own dtype: 49,152 logits of 1,024 tokens are 100 MB a document in bfloat16
+    dense: list[Tensor] = []
+    with prompt.decoding(None) as step:
+        for logits in _forced(step, ids, context_tokens):
+            dense.append(logits)
+            on_step("dense")
+    targets = ids[:, context_tokens:].T
+    nll_dense = -torch.stack([_picked(_log_p(x), t) for x, t in zip(dense, targets, strict=True)]).mean(0)
+    for method in methods:
+        if method.cfg is None:
+            yield method, [Score(0.0, x, x, 1.0, None, 0.0) for x in nll_dense.tolist()]
+            continue
+        recorder = Recorder() if kept_mass else None
+        kl, nll, agreement = torch.zeros(3, b, dtype=torch.float64, device=ids.device)
+        with prompt.decoding(method.cfg, recorder) as step:
+            for logits, full, target in zip(_forced(step, ids, context_tokens), dense, targets, strict=True):
+                log_p, log_q = _log_p(full), _log_p(logits)
+                kl += (log_p.exp() * (log_p - log_q)).sum(-1)
+                nll -= _picked(log_q, target)
+                agreement += full.argmax(-1) == logits.argmax(-1)
+                on_step(method.name)
+        mass = None if recorder is None else recorder.result().kept_mass
+        by_layer = None if mass is None else {str(layer): float(x.mean()) for layer, x in sorted(mass.items())}
+        rows = zip(*((x / n_scored).tolist() for x in (kl, nll, agreement)), nll_dense.tolist(), strict=True)
+        yield method, [Score(k, n, d, a, by_layer, prompt.index_share) for k, n, a, d in rows]
+
+
+def _forced(step: Step, ids: Tensor, context_tokens: int) -> Iterator[Tensor]:
+    """Logits [B, V] for each token from ``context_tokens`` on, fed the tokens before it one by one."""
+    for place in range(context_tokens - 1, ids.shape[1] - 1):
+        yield step(ids[:, place : place + 1])
+
+
+def _log_p(logits: Tensor) -> Tensor:
+    """Float64: differences of nearly equal distributions are what is measured."""
+    return logits.double().log_softmax(-1)
+
+
+def _picked(log_p: Tensor, token: Tensor) -> Tensor:
+    """Log-probabilities [B] of tokens [B] under log_p [B, V]."""
+    return log_p.gather(1, token[:, None])[:, 0]

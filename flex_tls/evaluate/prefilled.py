@@ -1,0 +1,118 @@
+"""A prompt that is read once and decoded from by every method, each with an index of its own over the same keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..attention import Backend
+from ..cache import TLSCache
+from ..cache_layer import TLSLayer, new_index
+from ..config import TLSConfig
+from ..integrations.huggingface import disable, enable
+from ..record import Recorder
+
+# Buffers of a whole number of blocks of any size: one cache serves every block size
+LARGEST_BLOCK = 128
+
+# Next tokens int64 [B, 1] -> logits [B, V] of what follows
+Step = Callable[[Tensor], Tensor]
+
+
+class Prefilled:
+    """Keys, values and query statistics of a prompt of B rows of equal length.
+
+    The prompt is read densely and in one piece, as :func:`flex_tls.enable` reads a prompt. A method then decodes as if
+    it had read the prompt itself: its index is fitted on the same keys and queries (a test says that logits are equal).
+
+    Args:
+        model: a causal model of transformers, not enabled; it is so again whenever no method is decoding.
+        ids: int64 [B, S].
+        room_tokens: tokens that will be decoded after the prompt, at most.
+        backend: of :func:`flex_tls.two_level_attention`.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, ids: Tensor, room_tokens: int, backend: Backend = "auto") -> None:
+        self.model = model
+        self.n_tokens = ids.shape[1]
+        capacity = -(-(self.n_tokens + room_tokens) // LARGEST_BLOCK) * LARGEST_BLOCK
+        self._cache = TLSCache(
+            model.config,
+            # Labels in every layer note the queries
+            TLSConfig(dense_layers=0),
+            batch_size=ids.shape[0],
+            max_len=capacity,
+            dtype=model.dtype,
+            device=model.device,
+            backend=backend,
+        )
+        enable(model)
+        try:
+            model(ids, past_key_values=self._cache, logits_to_keep=1)
+        finally:
+            disable(model)
+        labels = [layer.index.labels for layer in self._layers() if layer.index is not None]
+        self._queries = [(x.query_sum, x.query_count) for x in labels]
+
+    @contextmanager
+    def decoding(self, cfg: TLSConfig | None, recorder: Recorder | None = None) -> Iterator[Step]:
+        """Decode from the end of the prompt, with ``cfg`` or (None) with the model's own dense attention."""
+        if cfg is None:
+            yield self._step(dynamic_copy(self._cache, self.model.config))
+            return
+        with torch.no_grad():
+            self._index_again(cfg)
+        self._cache.recorder = recorder
+        enable(self.model)
+        try:
+            yield self._step(self._cache)
+        finally:
+            disable(self.model)
+            self._cache.recorder = None
+            self._cache.crop(self.n_tokens)
+
+    @property
+    def index_share(self) -> float:
+        """Index bytes as a share of the bytes of all keys and values, for the configuration that decoded last."""
+        return self._cache.index_nbytes / self._cache.kv_nbytes
+
+    def _index_again(self, cfg: TLSConfig) -> None:
+        """What a prefill under ``cfg`` would have left behind."""
+        for layer, (query_sum, query_count) in zip(self._layers(), self._queries, strict=True):
+            keys = layer.buffers()[0]
+            layer.shared.cfg = cfg
+            layer.index = None
+            if layer.layer_idx < cfg.dense_layers:
+                continue
+            layer.index = new_index(layer.shared, keys.dtype, keys.device)
+            layer.index.labels.query_sum.copy_(query_sum)
+            layer.index.labels.query_count.copy_(query_count)
+            layer.index.fit(keys[:, :, : self.n_tokens])
+            layer.index.append(keys[:, :, : self.n_tokens])
+
+    def _step(self, past: Any) -> Step:
+        @torch.no_grad()
+        def step(tokens: Tensor) -> Tensor:
+            logits: Tensor = self.model(tokens, past_key_values=past, logits_to_keep=1).logits
+            return logits[:, -1]
+
+        return step
+
+    def _layers(self) -> list[TLSLayer]:
+        return cast(list[TLSLayer], self._cache.layers)
+
+
+def dynamic_copy(cache: TLSCache, model_config: Any) -> DynamicCache:
+    """The keys and values of ``cache``, rows of equal length, as transformers' default cache."""
+    n = cache.get_seq_length()
+    copy = DynamicCache(config=model_config)
+    for i, layer in enumerate(cast(list[TLSLayer], cache.layers)):
+        keys, values = layer.buffers()
+        copy.update(keys[:, :, :n].clone(), values[:, :, :n].clone(), i)
+    return copy

@@ -1,0 +1,158 @@
+"""Results as rows, one JSON line a document or sample and method: appended as they come, skipped when present."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Key = tuple[str, ...]
+
+
+class Origin(NamedTuple):
+    """What the rows of one run share: the model, and what measured."""
+
+    model: str
+    dtype: str
+    backend: str
+    device: str
+    flex_tls: str
+    torch: str
+    transformers: str
+    commit: str
+    date: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """Fields of every row.
+
+    Attributes:
+        eval: "ppl" or "retrieval".
+        model, dtype, backend, device, flex_tls, torch, transformers, commit, date: see :class:`Origin`.
+        method: its name, with settings.
+        config: the fields of its ``TLSConfig``; None for dense attention.
+        index_share: index bytes as a share of the bytes of keys and values.
+        digest: of the token ids that were read.
+    """
+
+    eval: str
+    model: str
+    dtype: str
+    backend: str
+    device: str
+    flex_tls: str
+    torch: str
+    transformers: str
+    commit: str
+    date: str
+    method: str
+    config: dict[str, Any] | None
+    index_share: float
+    digest: str
+
+    @property
+    def key(self) -> Key:
+        """Two rows of one key measured the same thing."""
+        return (self.eval, self.model, self.dtype, self.digest, self.method, config_key(self.config))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PplRow(Row):
+    """One document under one method; means over its scored tokens.
+
+    Attributes:
+        document: name of the file.
+        context_tokens: tokens before the first scored one.
+        score_tokens: tokens scored, teacher-forced, one decode step each.
+        kl: KL(dense || method) per token, natural log.
+        nll, nll_dense: negative log-likelihood per token, of the method and of dense attention in the same run.
+        agreement: share of tokens whose likeliest next token is dense attention's.
+        kept_mass: layer -> share of full attention's weight on the selected tokens; None if it was not asked for.
+    """
+
+    document: str
+    context_tokens: int
+    score_tokens: int
+    kl: float
+    nll: float
+    nll_dense: float
+    agreement: float
+    kept_mass: dict[str, float] | None
+
+    @property
+    def key(self) -> Key:
+        """As in :class:`Row`, and the split into context and scored tokens."""
+        return (*super().key, str(self.context_tokens))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RetrievalRow(Row):
+    """One sample of one task under one method.
+
+    Attributes:
+        task: name of the task.
+        length_tokens: length that was asked for; ``prompt_tokens``: what it came to.
+        depth: where the needles asked for lie, 0 at the start and 1 at the end; None for random places.
+        seed: of the sample.
+        template: digest of the tokenizer's chat template; "" without one.
+        references: what the answer should hold.
+        prediction: what the model wrote.
+        score: share of the references that the prediction holds.
+    """
+
+    task: str
+    length_tokens: int
+    prompt_tokens: int
+    depth: float | None
+    seed: int
+    template: str
+    references: list[str]
+    prediction: str
+    score: float
+
+
+KINDS: dict[str, type[Row]] = {"ppl": PplRow, "retrieval": RetrievalRow}
+
+
+def text_digest(text: str) -> str:
+    """First 16 hex digits of the SHA-256 of a text; "" of none."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
+
+
+def config_key(config: dict[str, Any] | None) -> str:
+    """A configuration as text, equal if its fields are."""
+    return json.dumps(config, sort_keys=True)
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a JSONL file; makes its folder. What an interrupted write left behind is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        lines = "".join(json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n" for row in rows)
+        file.write(lines.encode())
+
+
+def read(path: Path) -> list[Row]:
+    """Every whole line of a JSONL file as a row, in order; none if there is no file.
+
+    Raises:
+        ValueError: a line that is no row; names it.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parsed(line: str, place: str) -> Row:
+    try:
+        found = json.loads(line)
+        return KINDS[found["eval"]](**found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{place}: expected a row of flex-tls eval ({error}); use another --out") from error

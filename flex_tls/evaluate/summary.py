@@ -1,0 +1,147 @@
+"""Rows of many documents or samples as one line a method, each figure with its 95% bootstrap interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..config import TLSConfig
+from .bootstrap import Interval, mean_interval
+from .methods import kept_tokens
+from .rows import PplRow, RetrievalRow, Row, config_key
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+@dataclass(frozen=True)
+class PplSummary:
+    """One method over documents.
+
+    Attributes:
+        model: what was asked.
+        method: its name.
+        config: its configuration; None for dense.
+        context_tokens: before the first scored token.
+        score_tokens: scored in all documents together.
+        n_documents: that were scored.
+        kept_tokens: that a KV head attends to; the whole context for dense.
+        kl: KL(dense || method) per token.
+        perplexity: of the method.
+        perplexity_ratio: to dense attention.
+        agreement: top-1, with dense attention.
+        kept_mass: mean over documents and layers; None where a row has none.
+        index_share: index bytes as a share of the KV bytes.
+    """
+
+    model: str
+    method: str
+    config: dict[str, Any] | None
+    context_tokens: int
+    score_tokens: int
+    n_documents: int
+    kept_tokens: int
+    kl: Interval
+    perplexity: float
+    perplexity_ratio: Interval
+    agreement: Interval
+    kept_mass: float | None
+    index_share: float
+
+
+@dataclass(frozen=True)
+class RetrievalSummary:
+    """One method over the samples of one task.
+
+    Attributes:
+        kept_tokens: that a KV head attends to; the whole prompt for dense.
+        score: share of the references found.
+        loss: dense attention's score less this one, sample by sample; None without dense attention.
+    """
+
+    model: str
+    task: str
+    length_tokens: int
+    depth: float | None
+    method: str
+    config: dict[str, Any] | None
+    kept_tokens: int
+    n_samples: int
+    score: Interval
+    loss: Interval | None
+
+
+def summarise_ppl(rows: Sequence[Row]) -> list[PplSummary]:
+    """A line for each model, method, configuration and length, in the order of first appearance."""
+    found = [row for row in rows if isinstance(row, PplRow)]
+    groups = _grouped(
+        found, lambda r: (r.model, r.dtype, r.method, config_key(r.config), r.context_tokens, r.score_tokens)
+    )
+    return [_ppl(group) for group in groups]
+
+
+def summarise_retrieval(rows: Sequence[Row]) -> list[RetrievalSummary]:
+    """A line for each model, task, length, depth and method, in the order of first appearance."""
+    found = [row for row in rows if isinstance(row, RetrievalRow)]
+    dense = {(row.model, row.dtype, row.digest): row.score for row in found if row.config is None}
+    groups = _grouped(
+        found, lambda r: (r.model, r.dtype, r.task, r.length_tokens, r.depth, r.method, config_key(r.config))
+    )
+    lines = []
+    for group in groups:
+        first = group[0]
+        pairs = [(dense.get((row.model, row.dtype, row.digest)), row.score) for row in group]
+        losses = [full - score for full, score in pairs if full is not None]
+        lines.append(
+            RetrievalSummary(
+                first.model,
+                first.task,
+                first.length_tokens,
+                first.depth,
+                first.method,
+                first.config,
+                _kept(first.config, first.length_tokens),
+                len(group),
+                mean_interval([row.score for row in group]),
+                mean_interval(losses) if losses else None,
+            )
+        )
+    return lines
+
+
+def _ppl(rows: Sequence[PplRow]) -> PplSummary:
+    first = rows[0]
+    nll = [row.nll for row in rows]
+    masses = [sum(row.kept_mass.values()) / len(row.kept_mass) for row in rows if row.kept_mass]
+    return PplSummary(
+        model=first.model,
+        method=first.method,
+        config=first.config,
+        context_tokens=first.context_tokens,
+        score_tokens=first.score_tokens * len(rows),
+        n_documents=len(rows),
+        kept_tokens=_kept(first.config, first.context_tokens),
+        kl=mean_interval([row.kl for row in rows]),
+        perplexity=math.exp(sum(nll) / len(nll)),
+        # Documents score equally many tokens: the mean of their differences is that of all tokens
+        perplexity_ratio=_exp(mean_interval([row.nll - row.nll_dense for row in rows])),
+        agreement=mean_interval([row.agreement for row in rows]),
+        kept_mass=sum(masses) / len(masses) if masses else None,
+        index_share=first.index_share,
+    )
+
+
+def _kept(config: dict[str, Any] | None, length_tokens: int) -> int:
+    return length_tokens if config is None else kept_tokens(TLSConfig(**config))
+
+
+def _exp(interval: Interval) -> Interval:
+    return Interval(math.exp(interval.mean), math.exp(interval.low), math.exp(interval.high))
+
+
+def _grouped(rows: Sequence[AnyRow], key: Callable[[AnyRow], Hashable]) -> list[list[AnyRow]]:
+    groups: dict[Hashable, list[AnyRow]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.values())

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flex_tls.cli import app as cli
+from flex_tls.evaluate import rows
+from flex_tls.evaluate.tasks import TASKS
+
+runner = CliRunner()
+
+BUDGETS = ["--block-size", "16", "--block-budget", "1/2,1/4", "--token-budget", "1/4,1/8", "--backend", "reference"]
+SOME = ["dense", "ours", "quest", "window", "oracle", "ours:label_bits=8"]
+
+
+def run(*arguments: str | Path) -> str:
+    result = runner.invoke(cli.app, ["eval", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def failed(*arguments: str | Path) -> str:
+    result = runner.invoke(cli.app, ["eval", *map(str, arguments)])
+    assert result.exit_code != 0
+    return " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(3):
+        words = torch.randint(0, 10**6, (120,), generator=torch.Generator().manual_seed(i)).tolist()
+        (folder / f"{i}.txt").write_text(" ".join(map(str, words)))
+    return folder
+
+
+def test_perplexity_of_every_method_with_rows_summary_and_picture(
+    model_folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    out, summary, picture = tmp_path / "rows.jsonl", tmp_path / "summary.json", tmp_path / "kl.png"
+    options = [texts, "--model", model_folder, "--context-tokens", "320", "--score-tokens", "2", *BUDGETS]
+    printed = run(
+        "ppl", *options, "--methods", ",".join(SOME), "--documents", "2", "--kept-mass", "--out", out, "--json", summary
+    )
+    assert "label_bits=8" in printed
+    assert "dense: perplexity" in printed
+    found = rows.read(out)
+    # Two documents under dense, under what changes with the budgets twice
+    assert len(found) == 2 * (1 + 2 * (len(SOME) - 1))
+    assert len({row.key for row in found}) == len(found)
+    for row in found:
+        assert isinstance(row, rows.PplRow)
+        assert row.kl > 0 if row.config else row.kl == 0
+        assert 0 <= row.agreement <= 1
+        assert (row.kept_mass is None) == (row.config is None)
+        assert row.transformers
+    lines = json.loads(summary.read_text())["results"]
+    assert {line["n_documents"] for line in lines} == {2}
+    assert all(line["kl"]["low"] <= line["kl"]["mean"] <= line["kl"]["high"] for line in lines)
+    run("plot", out, "--out", picture)
+    assert picture.stat().st_size > 10_000
+
+
+def test_what_was_measured_is_not_measured_again(
+    model_folder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flex_tls.cli import evaluate
+
+    out = tmp_path / "rows.jsonl"
+    options = ["ppl", texts, "--model", model_folder, "--context-tokens", "320", "--score-tokens", "2", *BUDGETS]
+    options += ["--out", out, "--batch", "2"]
+    asked: list[tuple[int, list[str]]] = []
+    score_documents = evaluate.score_documents
+
+    def counted(model: Any, ids: Any, context_tokens: int, methods: Any, **kwargs: Any) -> Any:
+        asked.append((len(ids), [method.name for method in methods]))
+        return score_documents(model, ids, context_tokens, methods, **kwargs)
+
+    monkeypatch.setattr(evaluate, "score_documents", counted)
+    run(*options, "--documents", "2", "--methods", "dense,ours")
+    assert asked == [(2, ["dense", "ours", "ours"])]
+    first = rows.read(out)
+    run(*options, "--documents", "2", "--methods", "dense,ours")
+    assert len(asked) == 1
+    # One more document, one more method
+    run(*options, "--documents", "3", "--methods", "ours,window")
+    assert asked[1:] == [(2, ["window", "window"]), (1, ["ours", "window", "ours", "window"])]
+    assert rows.read(out)[: len(first)] == first
+    keys = [row.key for row in rows.read(out)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_retrieval_tasks_side_by_side(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("single", "copy", "frequent_words"):
+        monkeypatch.setitem(TASKS, name, TASKS[name]._replace(max_new_tokens=3))
+    out, summary = tmp_path / "rows.jsonl", tmp_path / "summary.json"
+    options = ["--model", model_folder, "--tasks", "single,copy,frequent_words", "--length", "1200", "--samples", "1"]
+    options += ["--methods", "dense,ours", "--depth", "0,1", *BUDGETS, "--out", out]
+    printed = run("retrieval", *options, "--json", summary)
+    assert "frequent_words" in printed
+    found = rows.read(out)
+    # Depth is of no matter to counted words
+    assert len(found) == (2 + 2 + 1) * 3
+    for row in found:
+        assert isinstance(row, rows.RetrievalRow)
+        # Characters are tokens here, and the filler comes in sentences
+        assert 900 < row.prompt_tokens <= 1200
+        assert 0 <= row.score <= 1
+        assert row.prediction
+        assert row.depth == (None if row.task == "frequent_words" else row.depth)
+    lines = json.loads(summary.read_text())["results"]
+    assert len(lines) == len(found)
+    assert lines[0]["score"]["low"] is None
+    before = out.read_text()
+    run("retrieval", *options)
+    assert out.read_text() == before
+
+
+def test_budgets_over_the_whole_context_lose_nothing(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    budgets = ["--block-size", "16", "--block-budget", "640", "--token-budget", "all"]
+    run("ppl", texts, "--model", model_folder, "--context-tokens", "200", "--score-tokens", "2", *budgets, "--out", out,
+        "--methods", "ours,quest,oracle")  # fmt: skip
+    for row in rows.read(out):
+        assert isinstance(row, rows.PplRow)
+        assert math.isclose(row.kl, 0, abs_tol=1e-6)
+        assert row.agreement == 1
+
+
+def test_what_cannot_be_evaluated_says_why(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    model = ["--model", model_folder]
+    assert "method: expected one of dense, ours" in failed("ppl", texts, *model, "--methods", "h2o")
+    assert "--token-budget: expected 1, one for each" in failed("ppl", texts, *model, "--token-budget", "1/8,1/16")
+    assert "at most 2048 tokens, the model's positions" in failed("ppl", texts, *model, "--context-tokens", "3000")
+    assert "documents: expected files of at least" in failed("ppl", texts, *model, "--context-tokens", "1900")
+    assert "tasks: expected some of single" in failed("retrieval", *model, "--tasks", "needle")
+    assert "backend: expected one of" in failed("ppl", texts, *model, "--backend", "fast")
+    (tmp_path / "rows.jsonl").write_text("")
+    assert "holds none of eval ppl" in failed("plot", tmp_path / "rows.jsonl", "--out", tmp_path / "kl.png")

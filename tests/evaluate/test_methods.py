@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flex_tls as tls
+from flex_tls.evaluate.methods import DENSE, METHODS, kept_tokens, make_method
+
+BASE = tls.TLSConfig(block_size=16, block_budget=96, token_budget=64, sink_tokens=16, recent_tokens=16)
+EQUAL = ["ours", "tokens", "quest_labels", "window", "oracle", "oracle_tokens", "blocks", "quest", "oracle_blocks"]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_methods_attend_to_equally_many_tokens(name: str) -> None:
+    method = make_method(name, BASE, 400)
+    assert method.cfg is not None
+    assert kept_tokens(method.cfg) == 64
+    q, k = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 400, 32)
+    index = tls.KVIndex.build(k, method.cfg)
+    blocks = tls.select_blocks(q, index, method.cfg)
+    tokens = tls.select_tokens(q, index, blocks, method.cfg)
+    assert tokens.counts.unique().tolist() == [64]
+
+
+def test_quest_may_also_have_the_block_budget() -> None:
+    cfg = make_method("quest_wide", BASE, 400).cfg
+    assert cfg is not None
+    assert kept_tokens(cfg) == 96
+
+
+def test_the_window_is_sinks_and_newest_tokens_alone() -> None:
+    cfg = make_method("window", BASE, 400).cfg
+    assert cfg is not None
+    q, k = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 400, 32)
+    index = tls.KVIndex.build(k, cfg)
+    mask = tls.select_tokens(q, index, tls.select_blocks(q, index, cfg), cfg).mask[..., :400]
+    kept = torch.zeros(400, dtype=torch.bool)
+    kept[:16] = kept[400 - 48 :] = True
+    assert bool((mask == kept).all())
+
+
+def test_the_token_oracle_keeps_the_highest_scores() -> None:
+    cfg = make_method("oracle_tokens", BASE, 400).cfg
+    assert cfg is not None
+    q, k = torch.randn(1, 1, 1, 32), torch.randn(1, 1, 400, 32)
+    index = tls.KVIndex.build(k, cfg)
+    mask = tls.select_tokens(q, index, tls.select_blocks(q, index, cfg), cfg).mask[0, 0, 0, :400]
+    scores = (k[0, 0] @ q[0, 0, 0]).clone()
+    scores[:16] = scores[-16:] = torch.inf
+    assert set(mask.nonzero().flatten().tolist()) == set(scores.topk(64).indices.tolist())
+
+
+@given(
+    st.sampled_from(sorted(METHODS)),
+    st.sampled_from([16, 32, 64]),
+    st.integers(4, 64),
+    st.integers(0, 64),
+    st.booleans(),
+)
+def test_every_method_can_be_made_from_any_budgets(
+    name: str, block_size: int, n_blocks: int, extra: int, two_levels: bool
+) -> None:
+    budget = n_blocks * block_size
+    tokens = min(2 * block_size + extra, budget) if two_levels else None
+    cfg = tls.TLSConfig(
+        block_size=block_size,
+        block_budget=budget,
+        token_budget=tokens,
+        sink_tokens=block_size,
+        recent_tokens=block_size,
+    )
+    method = make_method(name, cfg, 2 * budget)
+    assert method.cfg is not None
+    assert method.cfg.dense_layers == cfg.dense_layers
+
+
+def test_settings_change_the_method() -> None:
+    cfg = make_method("ours:label_dims=16:filter_dims=None:block_reduce=logsumexp:box_radius=0.5", BASE, 400).cfg
+    assert cfg is not None
+    assert (cfg.label_dims, cfg.filter_dims, cfg.block_reduce, cfg.box_radius) == (16, None, "logsumexp", 0.5)
+
+
+def test_dense_has_no_configuration() -> None:
+    assert make_method(DENSE, BASE, 400).config is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("h2o", "method: expected one of dense, ours, .*, got 'h2o'"),
+        ("ours:labels=3", "method: expected settings FIELD=VALUE .*, got 'labels=3'"),
+        ("ours:label_dims", "got 'label_dims'"),
+        ("ours:label_bits=3", "label_bits: expected one of 2, 4, 8, got 3"),
+    ],
+)
+def test_what_cannot_be_made_says_why(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_method(spec, BASE, 400)
