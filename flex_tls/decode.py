@@ -7,10 +7,10 @@ behind, so that the host never stalls it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .cache import TLSCache
 from .cache_layer import TLSLayer
@@ -130,7 +130,7 @@ class _Step:
         """Write and attend: [B, HQ, 1, D]."""
         layer = self.layers[layer_idx]
         return decode_layer(
-            q, k, v, layer.keys, layer.values, layer.index, self.start, layer.shared.cfg,
+            q, k, v, *layer.buffers(), layer.index, self.start, layer.shared.cfg,
             scale=q.shape[-1] ** -0.5 if scale is None else scale, sparse=self.sparse, arrivals=self.arrivals,
         )  # fmt: skip
 
@@ -249,7 +249,7 @@ class _Loop:
                     x.copy_(old)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        if self.generator is not None:
+        if self.generator is not None and randomness is not None:
             self.generator.set_state(randomness)
             graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph):
@@ -264,9 +264,9 @@ class DecodeStep:
     """
 
     def __init__(self, model: Any, cache: TLSCache, sparse: bool) -> None:
-        layers: list[TLSLayer] = list(cache.layers)
-        rows = cache.batch_size * layers[0].keys.shape[1]
-        arrivals = torch.zeros(rows, dtype=torch.int32, device=layers[0].keys.device)
+        layers = _layers(cache)
+        keys = layers[0].buffers()[0]
+        arrivals = torch.zeros(keys.shape[0] * keys.shape[1], dtype=torch.int32, device=keys.device)
 
         def forward(token: Tensor, start: Tensor) -> Tensor:
             step = _Step(layers, start, arrivals, sparse)
@@ -288,12 +288,16 @@ class DecodeStep:
 
 def why_not_compiled(model: Any, cache: TLSCache) -> str | None:
     """What keeps a model and cache from the compiled step; None if nothing does."""
-    layers: list[TLSLayer] = list(cache.layers)
+    layers = _layers(cache)
     if cache.cfg.index != "lowrank":
         return f"the compiled step scores token labels, index='lowrank', got index={cache.cfg.index!r}"
     if any(layer.window is not None for layer in layers):
         return "the compiled step has no sliding windows, which this model's layers have"
-    return why_not_here(layers[0].keys.device)
+    return why_not_here(layers[0].buffers()[0].device)
+
+
+def _layers(cache: TLSCache) -> list[TLSLayer]:
+    return cast(list[TLSLayer], cache.layers)
 
 
 def _to_host(token: Tensor) -> tuple[Tensor, Any]:
@@ -302,7 +306,7 @@ def _to_host(token: Tensor) -> tuple[Tensor, Any]:
         return token.clone(), None
     copy = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
     copy.copy_(token, non_blocking=True)
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call,unused-ignore]
     event.record()
     return copy, event
 
@@ -314,13 +318,13 @@ def _positions(mask: Tensor | None, first: int, end: int, ids: Tensor) -> Tensor
     return (mask[:, :end].long().cumsum(1) - 1).clamp_min(0)[:, first:]
 
 
-def _stop_tokens(model: nn.Module, given: int | list[int] | None) -> list[int]:
+def _stop_tokens(model: Any, given: int | list[int] | None) -> list[int]:
     stop: Any = model.generation_config.eos_token_id if given is None else given
     return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
 
 
 def _progress(total: int, shown: bool) -> Any:
     # transformers needs tqdm
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
 
     return tqdm(total=total, desc="reading the prompt", unit="tok", disable=not shown)

@@ -28,7 +28,8 @@ def decode_layer(
         append_tokens(k_new, v_new, start, keys, values, labels.codes, labels.to_code, labels.offset, bits)
     seq_lens = start + q.shape[2]
     if index is None or not sparse:
-        return attend_all(q, keys, values, seq_lens, arrivals, scale)
+        out: Tensor = attend_all(q, keys, values, seq_lens, arrivals, scale)
+        return out
     return attend_fused(q, keys, values, index, cfg, scale, seq_lens)[0]
 
 
