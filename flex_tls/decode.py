@@ -228,7 +228,7 @@ class _Loop:
 
     def _build(self, sparse: bool) -> Any:
         """A function that runs one step: compiled, and on CUDA one graph replay."""
-        step = DecodeStep(self.model, self.cache, sparse)
+        step = DecodeStep.of(self.model, self.cache, sparse)
 
         def run() -> None:
             self._next(step(self.token, self.start))
@@ -278,6 +278,15 @@ class DecodeStep:
             return logits
 
         self.forward = torch.compile(forward, fullgraph=True, dynamic=False)
+
+    @classmethod
+    def of(cls, model: Any, cache: TLSCache, sparse: bool) -> DecodeStep:
+        """The cache's own step for ``model``: the next turn finds it compiled."""
+        key = (id(model), cache.batch_size, sparse)
+        step: DecodeStep | None = cache.compiled_steps.get(key)
+        if step is None:
+            step = cache.compiled_steps[key] = cls(model, cache, sparse)
+        return step
 
     def __call__(self, token: Tensor, start: Tensor) -> Tensor:
         """Logits [B, V] of the tokens after ``token``."""

@@ -68,6 +68,25 @@ def test_the_compiled_step_generates_the_same(family: str, lens: tuple[int, ...]
     )
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_a_later_turn_and_another_prompt_compile_nothing(device: str) -> None:
+    model = make("qwen3").to(device)
+    cache = cache_for(model, 1)
+
+    def run(n: int) -> None:
+        ids = prompts(n)["input_ids"].to(device)
+        tls.generate(model, ids, cache=cache, max_new_tokens=4, compiled=True)
+
+    run(60)
+    counters = torch._dynamo.utils.counters
+    before = counters["stats"]["unique_graphs"]
+    assert before > 0
+    run(90)
+    cache.reset()
+    run(75)
+    assert counters["stats"]["unique_graphs"] == before
+
+
 def test_rows_end_at_their_stop_token() -> None:
     model, inputs = make("qwen3"), prompts(40, 33)
     arguments = {"attention_mask": inputs["attention_mask"], "max_new_tokens": 10, "compiled": False}
