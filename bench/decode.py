@@ -20,7 +20,7 @@ from flex_tls.decode import _Loop
 from flex_tls.integrations.huggingface import enabled
 
 from .rows import Machine
-from .timing import spread
+from .timing import samples, spread
 
 FIT_TOKENS = 8192
 CHUNK_TOKENS = 16384
@@ -64,15 +64,10 @@ def measure(
             steps[name], keep = _transformers(model, batch_size, context)
         kept.append(keep)
         build_seconds[name] = time.perf_counter() - start
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(runs + 3):
-        for name, step in steps.items():
-            us = _timed(step, device)
-            if i >= 3:
-                samples[name].append(us)
+    timed = samples(steps, device, runs)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     rows = []
-    for name, taken in samples.items():
+    for name, taken in timed.items():
         s = spread(taken)
         rows.append({
             "bench": "decode", "case": case, "B": batch_size, "context": context, "provider": name,
@@ -91,16 +86,15 @@ def measure(
 
 def _fill(cache: tls.TLSCache, context: int) -> None:
     """Random keys and values, as if ``context`` tokens had been read; a real prefill would take minutes of a run."""
-    layers: list[Any] = list(cache.layers)
-    for layer in layers:
-        for buffer in layer.buffers():
-            buffer.normal_()
+    for layer in cache.tls_layers:
+        keys, _ = (buffer.normal_() for buffer in layer.buffers())
         if layer.index is not None:
-            layer.index.fit(layer.keys[:, :, : min(FIT_TOKENS, context)])
+            labels = layer.index.labels
+            layer.index.fit(keys[:, :, : min(FIT_TOKENS, context)])
             for first in range(0, context, CHUNK_TOKENS):
-                layer.index.append(layer.keys[:, :, first : min(first + CHUNK_TOKENS, context)])
-    # Only the layers were written: the cache's own count follows
-    cache._shared.progress.advance(context)
+                tokens = slice(first, min(first + CHUNK_TOKENS, context))
+                labels.codes[..., tokens] = labels.encode(keys[:, :, tokens])
+    cache.advance(context)
 
 
 def _ours(model: Any, cache: tls.TLSCache, name: str) -> tuple[Callable[[], object], object]:
@@ -110,10 +104,9 @@ def _ours(model: Any, cache: tls.TLSCache, name: str) -> tuple[Callable[[], obje
             model.config, dataclasses.replace(cache.cfg, dense_layers=model.config.num_hidden_layers),
             batch_size=cache.batch_size, max_len=cache.max_len,
         )  # fmt: skip
-        own: list[Any] = list(dense.layers)
-        for layer, shared in zip(own, cache.layers, strict=True):
+        for layer, shared in zip(dense.tls_layers, cache.tls_layers, strict=True):
             layer.keys, layer.values, layer.is_initialized = shared.keys, shared.values, True
-        dense._shared.progress.advance(cache.get_seq_length())
+        dense.advance(cache.get_seq_length())
         cache = dense
     ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=next(model.parameters()).device)
     loop = _Loop(model, cache, tls.Sampling(), ids, [], None, None)
@@ -150,18 +143,3 @@ def _transformers(model: Any, batch_size: int, context: int) -> tuple[Callable[[
     for _ in range(3):
         step()
     return step, cache
-
-
-def _timed(step: Callable[[], object], device: torch.device) -> float:
-    """Microseconds of one step; on CUDA between events, the device idle before."""
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        step()
-        return (time.perf_counter() - begin) * 1e6
-    torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    step()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) * 1e3

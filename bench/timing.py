@@ -63,12 +63,16 @@ def record(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> Recor
 
 def interleave(recordings: Mapping[str, Recording], device: torch.device, runs: int) -> dict[str, Spread]:
     """Replay all recordings in turn, ``runs`` times each."""
-    sample = _samples_cuda if device.type == "cuda" else _samples_cpu
-    for recording in recordings.values():
+    taken = samples({name: recording.replay for name, recording in recordings.items()}, device, runs)
+    return {name: spread([us / recordings[name].n_calls for us in each]) for name, each in taken.items()}
+
+
+def samples(calls: Mapping[str, Callable[[], object]], device: torch.device, runs: int) -> dict[str, list[float]]:
+    """Microseconds of each call, warmed up and then made in turn, ``runs`` times each."""
+    for call in calls.values():
         for _ in range(WARM_UP):
-            recording.replay()
-    samples = sample({name: recording.replay for name, recording in recordings.items()}, runs)
-    return {name: spread([us / recordings[name].n_calls for us in taken]) for name, taken in samples.items()}
+            call()
+    return (_samples_cuda if device.type == "cuda" else _samples_cpu)(calls, runs)
 
 
 def spread(samples_us: Sequence[float]) -> Spread:
@@ -87,11 +91,8 @@ def read_bytes_per_us(device: torch.device) -> float:
         "sum": (lambda: source.sum(), size_bytes),
     }
     best = 0.0
-    sample = _samples_cuda if device.type == "cuda" else _samples_cpu
     for call, moved_bytes in ways.values():
-        for _ in range(WARM_UP):
-            call()
-        best = max(best, moved_bytes / statistics.median(sample({"": call}, 20)[""]))
+        best = max(best, moved_bytes / statistics.median(samples({"": call}, device, 20)[""]))
     return best
 
 
@@ -111,10 +112,10 @@ def _samples_cuda(calls: Mapping[str, Callable[[], object]], runs: int) -> dict[
 
 
 def _samples_cpu(calls: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(runs):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
-            samples[name].append((time.perf_counter() - start) * 1e6)
-    return samples
+            taken[name].append((time.perf_counter() - start) * 1e6)
+    return taken

@@ -61,7 +61,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         self._dtype = dtype
         self._device = None if device is None else torch.device(device)
         # Steps that flex_tls.decode compiled, each of which holds its model; they live as long as the buffers they read
-        self.compiled_steps: dict[tuple[int, int, bool], Any] = {}
+        self.compiled_steps: dict[tuple[Any, int, bool], Any] = {}
         super().__init__(layers=[TLSLayer(self._shared, i) for i in range(shape.n_layers)])
         if dtype is not None and self._device is not None:
             self._allocate(dtype, self._device)
@@ -97,7 +97,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         kept, counts = progress.read_mask(attention_mask, n_new)
         self._settle()
         if kept is not None:
-            for layer in self._tls_layers():
+            for layer in self.tls_layers:
                 layer.cut(kept.tolist())
         progress.begin(n_new, kept, counts, self._device or torch.device("cpu"))
 
@@ -105,7 +105,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write one layer's new keys and values [B, HKV, T, D]; see :class:`TLSLayer`."""
-        layer = self._tls_layers()[layer_idx]
+        layer = self.tls_layers[layer_idx]
         step = layer.begun()
         if not layer.is_initialized:
             self._allocate(self._dtype or key_states.dtype, self._device or key_states.device)
@@ -117,20 +117,20 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         """Count ``n`` tokens of every row that a compiled step has written into every layer."""
         self._settle()
         self._shared.progress.advance(n)
-        for layer in self._tls_layers():
+        for layer in self.tls_layers:
             if layer.index is not None:
                 layer.index.advance(n)
 
     def refit_if_outgrown(self) -> None:
         """Choose new label projections where the context has outgrown them; eager forwards do it by themselves."""
         with torch.no_grad():
-            for layer in self._tls_layers():
+            for layer in self.tls_layers:
                 layer.refit_if_outgrown()
 
     @property
     def refit_at_tokens(self) -> float:
         """Shortest length at which :meth:`refit_if_outgrown` would do something; infinite if none."""
-        return min(layer.refit_at_tokens for layer in self._tls_layers())
+        return min(layer.refit_at_tokens for layer in self.tls_layers)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` columns; a positive number keeps that many, as in older transformers."""
@@ -140,14 +140,14 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         if length >= progress.length:
             return
         progress.crop(length)
-        for layer in self._tls_layers():
+        for layer in self.tls_layers:
             layer.cut(progress.lens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes the former row ``beam_idx[i]``, int64 [B]."""
         self._settle()
         with torch.no_grad():
-            for layer in self._tls_layers():
+            for layer in self.tls_layers:
                 layer.take_rows(beam_idx)
         self._shared.progress.take_rows(beam_idx)
 
@@ -162,7 +162,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     def reset(self) -> None:
         """Forget every token, for the next prompt; the buffers stay."""
         self._shared.progress.reset()
-        for layer in self._tls_layers():
+        for layer in self.tls_layers:
             layer.reset()
 
     @property
@@ -178,6 +178,11 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     def cfg(self) -> TLSConfig:
         """The configuration."""
         return self._shared.cfg
+
+    @property
+    def tls_layers(self) -> list[TLSLayer]:
+        """``layers``, by the type that they have."""
+        return cast(list[TLSLayer], self.layers)
 
     @property
     def max_len(self) -> int:
@@ -212,9 +217,6 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         """Bytes of everything, allocated or to be."""
         return self.kv_nbytes + self.index_nbytes
 
-    def _tls_layers(self) -> list[TLSLayer]:
-        return cast(list[TLSLayer], self.layers)
-
     def _layout(self) -> tuple[torch.dtype, torch.device]:
         return self._dtype or self._shared.shape.dtype, self._device or torch.device("cpu")
 
@@ -224,10 +226,10 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         try:
             # Also under a caller's inference mode, whose tensors could not be written to outside of it
             with torch.inference_mode(False):
-                for layer in self._tls_layers():
+                for layer in self.tls_layers:
                     layer.allocate(dtype, device)
         except RuntimeError as error:
-            for layer in self._tls_layers():
+            for layer in self.tls_layers:
                 layer.keys = layer.values = layer.index = None
                 layer.is_initialized = False
             if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
@@ -243,5 +245,5 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         progress = self._shared.progress
         if progress.step is not None:
             progress.abandon()
-            for layer in self._tls_layers():
+            for layer in self.tls_layers:
                 layer.cut(progress.lens)

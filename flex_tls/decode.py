@@ -6,8 +6,10 @@ behind, so that the host never stalls it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Generator
+from contextlib import closing
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from .cache import TLSCache
 from .cache_layer import TLSLayer
 from .fused import why_not_here
-from .integrations.huggingface import STEP, enabled
+from .integrations.huggingface import STEP, enabled, end_of_sequence_ids
 from .sampling import Sampling
 from .static import decode_layer
 
@@ -75,7 +77,11 @@ def generate(
             f"max_len={cache.max_len}; make it longer or ask for fewer tokens"
         )
     compiled = input_ids.is_cuda if compiled is None else compiled
-    stops = _stop_tokens(model, stop_token_ids)
+    if compiled and (why := why_not_compiled(cache, input_ids.device)):
+        raise ValueError(f"compiled: {why}; pass compiled=False")
+    if stop_token_ids is None:
+        stop_token_ids = end_of_sequence_ids(model)
+    stops = [stop_token_ids] if isinstance(stop_token_ids, int) else stop_token_ids
     loop = _Loop(model, cache, sampling or Sampling(), input_ids, stops, pad_token_id, seed)
     with torch.no_grad(), enabled(model):
         loop.prefill(input_ids, attention_mask, progress)
@@ -85,29 +91,23 @@ def generate(
     return torch.cat([input_ids, new], dim=1)
 
 
-def _collect(steps: Iterator[Tensor], loop: _Loop, streamer: Any) -> Tensor:
+def _collect(steps: Generator[Tensor, None, None], loop: _Loop, streamer: Any) -> Tensor:
     """Tokens int64 [B, n] of the prompt's own logits and of ``steps``, until all rows have ended."""
     ended = torch.zeros(loop.token.shape[0], dtype=torch.bool)
     rows: list[Tensor] = []
     stops = loop.stops.cpu()
-    for token in _chain(loop.token[:, 0].to("cpu", copy=True), steps):
-        rows.append(token)
-        if streamer is not None:
-            streamer.put(token)
-        ended |= torch.isin(token, stops)
-        if bool(ended.all()):
-            break
+    # Closed, however this ends, the steps account for what they ran ahead
+    with closing(steps):
+        for token in chain([loop.token[:, 0].to("cpu", copy=True)], steps):
+            rows.append(token)
+            if streamer is not None:
+                streamer.put(token)
+            ended |= torch.isin(token, stops)
+            if bool(ended.all()):
+                break
     if streamer is not None:
         streamer.end()
-    # Ends the steps, which then account for what they ran ahead
-    if hasattr(steps, "close"):
-        steps.close()
     return torch.stack(rows, 1).to(loop.token.device)
-
-
-def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
-    yield first
-    yield from rest
 
 
 class _Step:
@@ -126,12 +126,11 @@ class _Step:
         """Unused: positions are given."""
         return 0
 
-    def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def attend(self, layer: TLSLayer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Write and attend: [B, HQ, 1, D]."""
-        layer = self.layers[layer_idx]
         return decode_layer(
             q, k, v, *layer.buffers(), layer.index, self.start, layer.shared.cfg,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale, sparse=self.sparse, arrivals=self.arrivals,
+            scale=scale, sparse=self.sparse, arrivals=self.arrivals,
         )  # fmt: skip
 
 
@@ -175,7 +174,7 @@ class _Loop:
         bar.close()
         self._next(logits)
 
-    def eager_steps(self, n: int) -> Iterator[Tensor]:
+    def eager_steps(self, n: int) -> Generator[Tensor, None, None]:
         """``n`` steps of the model's own forward; yields tokens int64 [B] on the host."""
         for _ in range(n):
             position = torch.tensor(self.cache.seq_lens, device=self.token.device)[:, None]
@@ -185,24 +184,23 @@ class _Loop:
             self._next(logits)
             yield self.token[:, 0].to("cpu", copy=True)
 
-    def compiled_steps(self, n: int) -> Iterator[Tensor]:
+    def compiled_steps(self, n: int) -> Generator[Tensor, None, None]:
         """As :meth:`eager_steps`, compiled; on CUDA the host is up to LAG steps behind the device."""
         cache, cfg = self.cache, self.cache.cfg
-        if why := why_not_compiled(self.model, cache):
-            raise ValueError(f"compiled: {why}; pass compiled=False")
         self.start.copy_(torch.tensor(cache.seq_lens))
         done = counted = 0
         waiting: list[tuple[Tensor, Any]] = []
         run, sparse = None, False
-        longest = max(cache.seq_lens)
+        longest, refit_at = max(cache.seq_lens), cache.refit_at_tokens
         try:
             while done < n or waiting:
                 if done < n:
                     now_sparse = longest + 1 > cfg.dense_up_to_tokens
-                    if longest >= cache.refit_at_tokens or (now_sparse and not sparse):
+                    if longest >= refit_at:
                         cache.advance(done - counted)
                         counted = done
                         cache.refit_if_outgrown()
+                        refit_at = cache.refit_at_tokens
                     if run is None or now_sparse != sparse:
                         run, sparse = self._build(now_sparse), now_sparse
                     run()
@@ -264,7 +262,7 @@ class DecodeStep:
     """
 
     def __init__(self, model: Any, cache: TLSCache, sparse: bool) -> None:
-        layers = _layers(cache)
+        layers = cache.tls_layers
         keys = layers[0].buffers()[0]
         arrivals = torch.zeros(keys.shape[0] * keys.shape[1], dtype=torch.int32, device=keys.device)
 
@@ -282,7 +280,7 @@ class DecodeStep:
     @classmethod
     def of(cls, model: Any, cache: TLSCache, sparse: bool) -> DecodeStep:
         """The cache's own step for ``model``: the next turn finds it compiled."""
-        key = (id(model), cache.batch_size, sparse)
+        key = (model, cache.batch_size, sparse)
         step: DecodeStep | None = cache.compiled_steps.get(key)
         if step is None:
             step = cache.compiled_steps[key] = cls(model, cache, sparse)
@@ -295,18 +293,13 @@ class DecodeStep:
         return logits
 
 
-def why_not_compiled(model: Any, cache: TLSCache) -> str | None:
-    """What keeps a model and cache from the compiled step; None if nothing does."""
-    layers = _layers(cache)
+def why_not_compiled(cache: TLSCache, device: torch.device) -> str | None:
+    """What keeps a cache from the compiled step on ``device``; None if nothing does."""
     if cache.cfg.index != "lowrank":
         return f"the compiled step scores token labels, index='lowrank', got index={cache.cfg.index!r}"
-    if any(layer.window is not None for layer in layers):
+    if any(layer.window is not None for layer in cache.tls_layers):
         return "the compiled step has no sliding windows, which this model's layers have"
-    return why_not_here(layers[0].buffers()[0].device)
-
-
-def _layers(cache: TLSCache) -> list[TLSLayer]:
-    return cast(list[TLSLayer], cache.layers)
+    return why_not_here(device)
 
 
 def _to_host(token: Tensor) -> tuple[Tensor, Any]:
@@ -325,11 +318,6 @@ def _positions(mask: Tensor | None, first: int, end: int, ids: Tensor) -> Tensor
     if mask is None:
         return torch.arange(first, end, device=ids.device).expand(ids.shape[0], -1)
     return (mask[:, :end].long().cumsum(1) - 1).clamp_min(0)[:, first:]
-
-
-def _stop_tokens(model: Any, given: int | list[int] | None) -> list[int]:
-    stop: Any = model.generation_config.eos_token_id if given is None else given
-    return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
 
 
 def _progress(total: int, shown: bool) -> Any:

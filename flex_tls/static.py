@@ -20,12 +20,12 @@ def decode_layer(
     The index's labels are written, its lengths are not: they are the caller's, once a step.
     ``arrivals`` int32 [R]: zeros before and after, R at least B * HKV * T.
     """
-    labels = None if index is None else index.labels
-    bits = 8 if labels is None or labels.bits is None else labels.bits
-    if labels is None:
-        append_tokens(k_new, v_new, start, keys, values, None, None, None, bits)
+    if index is None:
+        append_tokens(k_new, v_new, start, keys, values, None, None, None, bits=8)
     else:
-        append_tokens(k_new, v_new, start, keys, values, labels.codes, labels.to_code, labels.offset, bits)
+        labels = index.labels
+        assert labels.bits is not None
+        append_tokens(k_new, v_new, start, keys, values, labels.codes, labels.to_code, labels.offset, labels.bits)
     seq_lens = start + q.shape[2]
     if index is None or not sparse:
         out: Tensor = attend_all(q, keys, values, seq_lens, arrivals, scale)

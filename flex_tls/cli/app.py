@@ -21,7 +21,7 @@ from .compare import compare
 from .evaluate import eval_app
 from .options import config, load_model
 from .plot import plot_record
-from .report import hardware, print_comparison
+from .report import hardware, print_comparison, reported
 from .texts import library_source, question_about
 from .weights import load_smollm2
 
@@ -115,11 +115,8 @@ def _run(
     plot: Path | None,
     dense: bool = True,
 ) -> None:
-    try:
+    with reported(console):
         result = compare(model, tokenizer, ids, cfg, new_tokens, console, dense)
-    except (ValueError, MemoryError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from error
     if not result.record.layers:
         console.print(
             f"the budgets hold all of the {result.prompt_tokens} tokens: every step was dense; lower them",

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..cache import TLSCache
 from ..config import TLSConfig
 from ..evaluate.prefilled import dynamic_copy
-from ..integrations.huggingface import disable, enable
+from ..integrations.huggingface import disable, enable, end_of_sequence_ids
 from ..record import Record, Recorder
 
 PREFILL_CHUNK = 1024
@@ -95,8 +95,7 @@ def compare(
     """
     n = ids.shape[1]
     cache = TLSCache(model.config, cfg, max_len=n + new_tokens + 1, dtype=model.dtype, device=model.device)
-    stop = model.generation_config.eos_token_id
-    banned = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+    banned = end_of_sequence_ids(model)
 
     def step(past: Any) -> Callable[[Tensor], Tensor]:
         return lambda token: model(token, past_key_values=past, logits_to_keep=1).logits[:, -1].float()

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .. import __version__
-from ..attention import Backend, BackendUnavailable, check_backend
+from ..attention import Backend, check_backend
 from ..evaluate import rows
 from ..evaluate.documents import library_files, read_documents
 from ..evaluate.methods import Method, make_method
@@ -28,7 +28,7 @@ from ..evaluate.summary import summarise_ppl, summarise_retrieval
 from ..evaluate.tasks import TASKS
 from .options import config, load_model
 from .plot import plot_accuracy
-from .report import hardware, print_ppl, print_retrieval
+from .report import hardware, print_ppl, print_retrieval, reported
 
 eval_app = typer.Typer(help="What sparse decoding loses against dense attention.", no_args_is_help=True)
 
@@ -77,7 +77,7 @@ def ppl(
     """Perplexity, KL(dense || sparse) and top-1 agreement, token by token through the decode path."""
     console = Console()
     length = context_tokens + score_tokens
-    with _reported(console):
+    with reported(console):
         chosen = _methods(methods, context_tokens, length, block_budget, token_budget, block_size)
         model, tokenizer, origin = _load(model_name, device, dtype, backend, console)
         _check_positions(model, length)
@@ -85,8 +85,7 @@ def ppl(
         seen = {row.key: row for row in (rows.read(out) if out else []) if isinstance(row, rows.PplRow)}
 
         def key(digest: str, method: Method) -> rows.Key:
-            config = rows.config_key(method.config)
-            return ("ppl", origin.model, origin.dtype, digest, method.name, config, str(context_tokens))
+            return rows.ppl_key_of(origin, digest, method.name, method.config, context_tokens)
 
         def is_missing(digest: str, method: Method) -> bool:
             row = seen.get(key(digest, method))
@@ -108,7 +107,7 @@ def ppl(
                 for method, scores in found:
                     new = [
                         rows.PplRow(
-                            eval="ppl", **origin._asdict(), method=method.name, config=method.config,
+                            eval="ppl", **asdict(origin), method=method.name, config=method.config,
                             digest=text.digest, document=text.name, context_tokens=context_tokens,
                             score_tokens=score_tokens, **asdict(score),
                         )
@@ -151,7 +150,7 @@ def retrieval(
 ) -> None:
     """Needles, tracked variables, counted words and copied passages after RULER, made on the spot at any length."""
     console = Console()
-    with _reported(console):
+    with reported(console):
         names = tasks.split(",")
         unknown = sorted(set(names) - set(TASKS))
         if unknown:
@@ -175,7 +174,7 @@ def retrieval(
             ]
 
         def key(digest: str, method: Method) -> rows.Key:
-            return ("retrieval", origin.model, origin.dtype, digest, method.name, rows.config_key(method.config))
+            return rows.key_of(origin, "retrieval", digest, method.name, method.config)
 
         wanted = [(q, m) for q in questions for m in chosen[q.length_tokens]]
         with _bar(console, sum(key(q.digest, m) not in seen for q, m in wanted)) as advance:
@@ -185,7 +184,7 @@ def retrieval(
                     continue
                 for method, found in answer(model, tokenizer, question, missing, backend=_backend(backend)):
                     row = rows.RetrievalRow(
-                        eval="retrieval", **origin._asdict(), method=method.name, config=method.config,
+                        eval="retrieval", **asdict(origin), method=method.name, config=method.config,
                         digest=question.digest, task=question.task, length_tokens=question.length_tokens,
                         prompt_tokens=len(question.token_ids), depth=question.depth, seed=question.seed,
                         template=template, references=list(question.sample.references), **found._asdict(),
@@ -206,7 +205,7 @@ def plot(
 ) -> None:
     """KL against token budget for every method, from rows."""
     console = Console()
-    with _reported(console):
+    with reported(console):
         found = rows.read(file)
         lines = [line for line in summarise_ppl(found) if line.config is not None]
         if not lines:
@@ -285,13 +284,3 @@ def _bar(console: Console, total: int) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=total)
         yield lambda text: bar.update(task, advance=1, description=text)
-
-
-@contextmanager
-def _reported(console: Console) -> Iterator[None]:
-    """What the user can mend is said in a line."""
-    try:
-        yield
-    except (ValueError, MemoryError, BackendUnavailable) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error

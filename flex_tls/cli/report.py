@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..attention import BackendUnavailable
 from ..evaluate.bootstrap import Interval
 from ..evaluate.summary import PplSummary, RetrievalSummary
 from .compare import Comparison
@@ -41,6 +44,16 @@ def hardware() -> dict[str, Any]:
 def megabytes(n_bytes: float) -> str:
     """Bytes as a person reads them."""
     return f"{n_bytes / 1e6:,.1f} MB"
+
+
+@contextmanager
+def reported(console: Console) -> Iterator[None]:
+    """What the user can mend is said in a line."""
+    try:
+        yield
+    except (ValueError, MemoryError, BackendUnavailable) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
 
 
 def print_comparison(result: Comparison, console: Console) -> None:

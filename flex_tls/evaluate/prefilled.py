@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from transformers import DynamicCache
 
 from ..attention import Backend
 from ..cache import TLSCache
-from ..cache_layer import TLSLayer, new_index
+from ..cache_layer import new_index
 from ..config import TLSConfig
-from ..integrations.huggingface import disable, enable
+from ..integrations.huggingface import enabled
 from ..record import Recorder
 
 # Buffers of a whole number of blocks of any size: one cache serves every block size
@@ -52,12 +52,9 @@ class Prefilled:
             device=model.device,
             backend=backend,
         )
-        enable(model)
-        try:
+        with enabled(model):
             model(ids, past_key_values=self._cache, logits_to_keep=1)
-        finally:
-            disable(model)
-        labels = [layer.index.labels for layer in self._layers() if layer.index is not None]
+        labels = [layer.index.labels for layer in self._cache.tls_layers if layer.index is not None]
         self._queries = [(x.query_sum, x.query_count) for x in labels]
 
     @contextmanager
@@ -69,11 +66,10 @@ class Prefilled:
         with torch.no_grad():
             self._index_again(cfg)
         self._cache.recorder = recorder
-        enable(self.model)
         try:
-            yield self._step(self._cache)
+            with enabled(self.model):
+                yield self._step(self._cache)
         finally:
-            disable(self.model)
             self._cache.recorder = None
             self._cache.crop(self.n_tokens)
 
@@ -84,7 +80,7 @@ class Prefilled:
 
     def _index_again(self, cfg: TLSConfig) -> None:
         """What a prefill under ``cfg`` would have left behind."""
-        for layer, (query_sum, query_count) in zip(self._layers(), self._queries, strict=True):
+        for layer, (query_sum, query_count) in zip(self._cache.tls_layers, self._queries, strict=True):
             keys = layer.buffers()[0]
             layer.shared.cfg = cfg
             layer.index = None
@@ -104,15 +100,12 @@ class Prefilled:
 
         return step
 
-    def _layers(self) -> list[TLSLayer]:
-        return cast(list[TLSLayer], self._cache.layers)
-
 
 def dynamic_copy(cache: TLSCache, model_config: Any) -> DynamicCache:
     """The keys and values of ``cache``, rows of equal length, as transformers' default cache."""
     n = cache.get_seq_length()
     copy = DynamicCache(config=model_config)
-    for i, layer in enumerate(cast(list[TLSLayer], cache.layers)):
+    for i, layer in enumerate(cache.tls_layers):
         keys, values = layer.buffers()
         copy.update(keys[:, :, :n].clone(), values[:, :, :n].clone(), i)
     return copy

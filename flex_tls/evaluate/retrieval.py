@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..attention import Backend
+from ..integrations.huggingface import end_of_sequence_ids
 from .documents import digest, expand
 from .methods import Method
 from .prefilled import Prefilled
@@ -107,8 +108,7 @@ def answer(
     """
     ids = torch.tensor([question.token_ids], device=model.device)
     limit = TASKS[question.task].max_new_tokens
-    stop = model.generation_config.eos_token_id
-    ends = {stop} if isinstance(stop, int) else set(stop or ())
+    ends = end_of_sequence_ids(model)
     references = question.sample.references
     prompt = Prefilled(model, ids[:, :-1], limit, backend)
     for method in methods:

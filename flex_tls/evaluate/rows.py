@@ -7,12 +7,13 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 Key = tuple[str, ...]
 
 
-class Origin(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
     """What the rows of one run share: the model, and what measured."""
 
     model: str
@@ -27,12 +28,11 @@ class Origin(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(Origin):
     """Fields of every row.
 
     Attributes:
         eval: "ppl" or "retrieval".
-        model, dtype, backend, device, flex_tls, torch, transformers, commit, date: see :class:`Origin`.
         method: its name, with settings.
         config: the fields of its ``TLSConfig``; None for dense attention.
         index_share: index bytes as a share of the bytes of keys and values.
@@ -40,15 +40,6 @@ class Row:
     """
 
     eval: str
-    model: str
-    dtype: str
-    backend: str
-    device: str
-    flex_tls: str
-    torch: str
-    transformers: str
-    commit: str
-    date: str
     method: str
     config: dict[str, Any] | None
     index_share: float
@@ -57,7 +48,7 @@ class Row:
     @property
     def key(self) -> Key:
         """Two rows of one key measured the same thing."""
-        return (self.eval, self.model, self.dtype, self.digest, self.method, config_key(self.config))
+        return key_of(self, self.eval, self.digest, self.method, self.config)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +77,7 @@ class PplRow(Row):
     @property
     def key(self) -> Key:
         """As in :class:`Row`, and the split into context and scored tokens."""
-        return (*super().key, str(self.context_tokens))
+        return ppl_key_of(self, self.digest, self.method, self.config, self.context_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +107,16 @@ class RetrievalRow(Row):
 
 
 KINDS: dict[str, type[Row]] = {"ppl": PplRow, "retrieval": RetrievalRow}
+
+
+def key_of(origin: Origin, eval: str, digest: str, method: str, config: dict[str, Any] | None) -> Key:
+    """The ``key`` of a row that need not have been measured yet."""
+    return (eval, origin.model, origin.dtype, digest, method, config_key(config))
+
+
+def ppl_key_of(origin: Origin, digest: str, method: str, config: dict[str, Any] | None, context_tokens: int) -> Key:
+    """As :func:`key_of`, of a :class:`PplRow`."""
+    return (*key_of(origin, "ppl", digest, method, config), str(context_tokens))
 
 
 def text_digest(text: str) -> str:

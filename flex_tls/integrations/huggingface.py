@@ -77,6 +77,12 @@ def disable(model: PreTrainedModel) -> None:
     model.set_attn_implementation(state.previous)
 
 
+def end_of_sequence_ids(model: PreTrainedModel) -> list[int]:
+    """The model's end-of-sequence tokens."""
+    stop: Any = model.generation_config.eos_token_id
+    return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+
+
 @contextmanager
 def enabled(model: PreTrainedModel) -> Iterator[None]:
     """Enable ``model`` for a while, if it is not enabled already."""
@@ -105,9 +111,7 @@ def attention(
         Output [B, T, HQ, D], and no weights.
     """
     step = kwargs.get(STEP)
-    if step is not None:
-        return step.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2).contiguous(), None
-    layer = getattr(key, "_tls_layer", None)
+    layer = getattr(key, "_tls_layer", None) if step is None else step.layers[module.layer_idx]
     if not isinstance(layer, TLSLayer):
         raise RuntimeError("past_key_values: expected a TLSCache, got keys of another cache; call tls.disable(model)")
     if attention_mask is not None:
@@ -121,7 +125,8 @@ def attention(
     if dropout:
         raise RuntimeError(f"dropout: expected 0, got {dropout}; call model.eval()")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return layer.attend(query, scale).transpose(1, 2).contiguous(), None
+    out = layer.attend(query, scale) if step is None else step.attend(layer, query, key, value, scale)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

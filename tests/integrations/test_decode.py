@@ -142,8 +142,10 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="expected more than the 31 tokens"):
         tls.generate(model, ids, cache=cache, max_new_tokens=2)
     windowed = make("mistral, window")
+    unread = cache_for(windowed, 1)
     with pytest.raises(ValueError, match=r"sliding windows.*compiled=False"):
-        tls.generate(windowed, ids, cache=cache_for(windowed, 1), max_new_tokens=4, compiled=True)
+        tls.generate(windowed, ids, cache=unread, max_new_tokens=4, compiled=True)
+    assert unread.get_seq_length() == 0
     box = tls.TLSConfig(block_size=16, block_budget=48, token_budget=32, sink_tokens=4, recent_tokens=8, index="box")
     with pytest.raises(ValueError, match="index='lowrank'"):
         tls.generate(model, ids, cache=cache_for(model, 1, cfg=box), max_new_tokens=4, compiled=True)
