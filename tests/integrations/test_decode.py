@@ -163,6 +163,20 @@ def test_attend_all_is_dense_attention(group: int, lens: list[int], t: int) -> N
     torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_attend_all_fits_every_head(head_dim: int, dtype: torch.dtype) -> None:
+    case = make_case(SPARSE, lens=[900, 65], s=960, group=4, d=head_dim, dtype=dtype, device="cuda")
+    arrivals = torch.zeros(4, dtype=torch.int32, device="cuda")
+    out = attend_all(case.q, case.k, case.v, case.seq_lens, arrivals, head_dim**-0.5)
+    k, v = (x.repeat_interleave(4, 1).double() for x in (case.k, case.v))
+    mask = (torch.arange(960, device="cuda") < case.seq_lens[:, None])[:, None, None]
+    want = torch.nn.functional.scaled_dot_product_attention(case.q.double(), k, v, attn_mask=mask)
+    assert float((out.double() - want).norm() / want.norm()) < (1e-5 if dtype == torch.float32 else 5e-3)
+    assert not arrivals.any()
+
+
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 60), min_size=1, max_size=3), st.integers(1, 3),
        st.sampled_from((2, 4, 8)), st.sampled_from((1, 7, 8, 16)))  # fmt: skip
 def test_append_tokens_is_append(seed: int, start: list[int], t: int, bits: int, dims: int) -> None:
