@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from . import cases, rows
-from .plots import draw_operator, table
+from .plots import table
 
 ROWS = rows.ROOT / "bench" / "results" / "operator.jsonl"
 QUICK_ROWS = rows.ROOT / "out" / "operator-quick.jsonl"
@@ -30,13 +31,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_operator(args: argparse.Namespace) -> int:
     """Measure the cases and append their rows, case by case."""
-    from .operator import TARGETS_US, run_case
+    from .operator import TARGETS_US, run_case, why_not
     from .providers import PROVIDERS
     from .timing import read_bytes_per_us
 
-    default = cases.QUICK if args.quick else cases.SWEEP if args.sweep else cases.DEFAULT
-    names = _matching(args.cases, cases.CASES, "cases") if args.cases else list(default)
-    providers = _matching(args.providers, PROVIDERS, "providers") if args.providers else list(PROVIDERS)
+    began = time.monotonic()
+    suite = cases.SUITES["quick" if args.quick else args.suite]
+    names = _matching(args.cases, cases.CASES, "cases") if args.cases else list(suite.cases)
+    providers = _matching(args.providers or ",".join(suite.providers), PROVIDERS, "providers")
     out = args.out or (QUICK_ROWS if args.quick else ROWS)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -46,25 +48,53 @@ def run_operator(args: argparse.Namespace) -> int:
         raise ValueError(f"runs: expected at least 2, got {runs}")
     machine = rows.machine(device, args.commit, args.dirty)
     print(f"{machine.gpu}, driver {machine.driver}, torch {machine.torch}, triton {machine.triton}")
+    if args.resume and out.exists():
+        inputs = "repeated" if args.repeat_inputs else "rotated"
+        here = (machine.gpu, machine.commit, inputs)
+        done_before = {row.case for row in rows.read(out) if (row.gpu, row.commit, row.inputs) == here}
+        names = [name for name in names if name not in done_before]
+        print(f"resuming: {len(done_before)} cases have rows of this commit in {out}, {len(names)} are left")
     bytes_per_us = read_bytes_per_us(device)
     print(f"read bandwidth, measured: {bytes_per_us / 1e6:.3f} TB/s", flush=True)
     measured: list[rows.Row] = []
     failed: list[str] = []
+    longest_s = 0.0
     # Every provider, case and number of splits compiles once; fullgraph=True raises rather than run uncompiled
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
-        for name in names:
-            done, broken = run_case(
-                cases.CASES[name],
-                device,
-                machine,
-                providers=providers,
-                splits=args.split_kv,
-                runs=runs,
-                bytes_per_us=bytes_per_us,
-            )
+        for i, name in enumerate(names):
+            start = time.monotonic()
+            if args.seconds is not None and start - began + longest_s > args.seconds:
+                print(f"stopping after {start - began:.0f} s of {args.seconds:.0f}; left: {' '.join(names[i:])}")
+                break
+            case = cases.CASES[name]
+            n_sets = 1 if args.repeat_inputs else case.n_sets(device)
+            if reason := why_not(case, device, n_sets):
+                print(f"skipping {name}: {reason}", flush=True)
+                continue
+            print(f"case {i + 1} of {len(names)}, {name}: {n_sets} input sets", flush=True)
+            try:
+                done, broken = run_case(
+                    case,
+                    device,
+                    machine,
+                    providers=providers,
+                    splits=args.split_kv,
+                    runs=runs,
+                    bytes_per_us=bytes_per_us,
+                    n_sets=n_sets,
+                    repeat_inputs=args.repeat_inputs,
+                )
+            except torch.OutOfMemoryError as error:
+                print(f"  {name}: {error}")
+                failed.append(name)
+                continue
             rows.append(out, done)
             measured += done
             failed += [f"{name}: {provider}" for provider in broken]
+            took_s = time.monotonic() - start
+            longest_s = max(longest_s, took_s)
+            figures = ", ".join(f"{row.provider} {row.median_us:.1f}" for row in done)
+            print(f"  {name} in {took_s:.1f} s, us: {figures}", flush=True)
     print(f"\n{table(measured)}\n\n{len(measured)} rows appended to {out}")
     for row in measured:
         target = TARGETS_US.get((row.case, row.provider))
@@ -101,15 +131,16 @@ def run_decode(args: argparse.Namespace) -> int:
 
 def plot_operator(args: argparse.Namespace) -> int:
     """Draw the latest rows and print them as a table."""
+    from .plots import draw_all
+
     found = rows.latest(row for row in rows.read(args.rows) if row.bench == "operator")
     if not found:
         raise ValueError(f"rows: {args.rows} holds none of the operator bench; run `python -m bench run operator`")
     # One picture, one machine: that of the newest row
     gpu = max(found, key=lambda row: row.date).gpu
     found = [row for row in found if row.gpu == gpu]
-    out = args.out or args.rows.with_suffix(".svg")
-    draw_operator(found, out)
-    print(f"{table(found)}\n\nwrote {out}")
+    written = draw_all(found, args.out or args.rows.with_suffix(".svg"))
+    print(f"{table(found)}\n\nwrote {', '.join(map(str, written))}")
     return 0
 
 
@@ -120,8 +151,16 @@ def _parser() -> argparse.ArgumentParser:
     operator = run.add_parser("operator", help="one decoded token's attention, by every provider")
     operator.add_argument("--out", type=Path, help=f"rows file, appended to (default {ROWS.relative_to(rows.ROOT)})")
     operator.add_argument("--cases", help="names or patterns, comma-separated, such as 'qwen3-8b-b1-*'")
-    operator.add_argument("--sweep", action="store_true", help="B=1 at 8k to 128k tokens instead of the default cases")
-    operator.add_argument("--providers", help="names or patterns, comma-separated (default all that the device runs)")
+    operator.add_argument(
+        "--suite", choices=[name for name in cases.SUITES if name != "quick"], default="default",
+        help="cases and providers: 96k tokens, everything (default); lengths and batch sizes (sweep); budgets at 96k",
+    )  # fmt: skip
+    operator.add_argument("--providers", help="names or patterns, comma-separated (default those of the suite)")
+    operator.add_argument("--seconds", type=float, help="stop before a case that would likely end later than this")
+    operator.add_argument("--resume", action="store_true", help="leave out cases that --out has rows of, same commit")
+    operator.add_argument(
+        "--repeat-inputs", action="store_true", help="one input set, served from L2 where it fits; rows say so"
+    )
     operator.add_argument("--split-kv", type=_numbers, default=[], help="also time flex with these splits: 8,16,32,64")
     operator.add_argument("--runs", type=int, help="samples per provider and case, at least 2 (default 50, quick 5)")
     operator.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -141,9 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
     decode.set_defaults(command=run_decode)
     plot = commands.add_parser("plot", help="draw rows").add_subparsers(required=True)
-    drawing = plot.add_parser("operator", help="times by provider, and over S where rows have several")
+    drawing = plot.add_parser("operator", help="times by provider, over S and over budgets")
     drawing.add_argument("--rows", type=Path, default=ROWS)
-    drawing.add_argument("--out", type=Path, help="picture, .svg or .png (default beside the rows)")
+    drawing.add_argument("--out", type=Path, help="first picture, .svg or .png; others beside it")
     drawing.set_defaults(command=plot_operator)
     return parser
 

@@ -1,19 +1,20 @@
-"""Shapes of the operator bench and their random inputs."""
+"""Shapes of the operator bench, and the suites that they make up."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 import flex_tls as tls
 
-# Selected bytes of all input sets together: five times the L2 cache of an H100
+# What the leanest provider reads of all input sets together: five times the L2 cache of an H100
 ROTATED_BYTES = 250e6
-MAX_SETS = 8
+MAX_SETS = 32
+LENGTHS_K = (8, 16, 32, 48, 64, 96, 128, 256)
+BATCH_SIZES = (1, 16, 4, 8, 2, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,11 @@ class Case:
         return self.HQ // self.HKV
 
     @property
+    def rows(self) -> int:
+        """R = B * HKV, selections that a call makes."""
+        return self.B * self.HKV
+
+    @property
     def n_blocks(self) -> int:
         """N."""
         return self.S // self.block_size
@@ -50,31 +56,42 @@ class Case:
         """K."""
         return self.block_budget // self.block_size
 
+    def config(self, **options: Any) -> tls.TLSConfig:
+        """The case's budgets as a configuration of ours."""
+        budgets = {"block_size": self.block_size, "block_budget": self.block_budget, "token_budget": self.token_budget}
+        return tls.TLSConfig(**{**budgets, **options})
+
     def kv_bytes(self, n_tokens: int) -> float:
         """Bytes of the keys and values of ``n_tokens`` tokens of every row and KV head."""
-        return 2.0 * self.B * self.HKV * n_tokens * self.D * self.dtype.itemsize
+        return 2.0 * self.rows * n_tokens * self.D * self.dtype.itemsize
 
     def n_sets(self, device: torch.device) -> int:
-        """Input sets to rotate, each with its own keys and values, so that no call is served from cache."""
+        """Input sets to rotate, each with its own keys, values and indices, so that no call is served from cache.
+
+        One is enough where a single call of the leanest provider (labels of D / 16 bytes a token, and the selected
+        tokens) reads five times the cache.
+        """
         if device.type != "cuda":
             return 2
-        return max(2, min(MAX_SETS, math.ceil(ROTATED_BYTES / self.kv_bytes(self.block_budget))))
+        leanest = self.kv_bytes(self.token_budget) + self.rows * self.S * self.D / 16
+        return min(MAX_SETS, math.ceil(ROTATED_BYTES / leanest))
+
+    def needed_bytes(self, n_sets: int) -> float:
+        """Memory that a run takes: keys, values, indices of all providers, masks, and what making them takes."""
+        # A token of a KV head: our labels 16 bytes, Double Sparsity's D / 16, Quest's boxes of 2 D values a block, and
+        # a byte of mask for each of some twelve providers
+        beside = 16 + self.D / 16 + 2 * self.D * self.dtype.itemsize / self.block_size + 12
+        return n_sets * (self.kv_bytes(self.S) + self.rows * self.S * beside) + 8e9
 
 
-class InputSet(NamedTuple):
-    """Inputs of one call: q [B, HQ, 1, D], k and v [B, HKV, S, D], and a random selection to be given."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    blocks: tls.BlockSelection
-    tokens: tls.TokenSelection
-
-
-def qwen3_8b(batch_size: int, n_tokens: int) -> Case:
-    """Qwen3-8B's attention: 32 query heads, 8 KV heads, head dimension 128."""
-    name = f"qwen3-8b-b{batch_size}-{n_tokens // 1024}k"
-    return Case(name=name, B=batch_size, HQ=32, HKV=8, D=128, S=n_tokens)
+def _qwen3(size: str, heads: int, batch_size: int, length_k: int, budgets: tuple[int, int] | None = None) -> Case:
+    """Qwen3's attention: 8 KV heads, head dimension 128, 32 (8B) or 40 (14B) query heads; default budgets."""
+    name = f"qwen3-{size}-b{batch_size}-{length_k}k"
+    shape: dict[str, int] = {"B": batch_size, "HQ": heads, "HKV": 8, "D": 128, "S": length_k * 1024}
+    if budgets is None:
+        return Case(name=name, **shape)
+    block, token = budgets
+    return Case(name=f"{name}-{block}-{token}", block_budget=block, token_budget=token, **shape)
 
 
 def _tiny(batch_size: int) -> Case:
@@ -82,40 +99,52 @@ def _tiny(batch_size: int) -> Case:
     return Case(name=f"tiny-b{batch_size}", B=batch_size, HQ=6, HKV=2, D=64, S=1024, block_budget=512, token_budget=200)
 
 
-DEFAULT = ("qwen3-8b-b1-96k", "qwen3-8b-b16-96k")
-SWEEP = tuple(f"qwen3-8b-b1-{k}k" for k in (8, 16, 32, 48, 64, 96, 128))
-QUICK = ("tiny-b1", "tiny-b2")
-CASES = {
-    case.name: case
-    for case in (
-        *(qwen3_8b(b, k * 1024) for b in (1, 16) for k in (8, 16, 32, 48, 64, 96, 128)),
-        _tiny(1),
-        _tiny(2),
+# The lengths of one batch size and model first, so that a run cut short has whole curves
+_SWEEP = [
+    _qwen3(size, heads, b, k)
+    for batches in (BATCH_SIZES[:2], BATCH_SIZES[2:])
+    for size, heads in (("8b", 32), ("14b", 40))
+    for b in batches
+    for k in LENGTHS_K
+]
+# Around the default (8192, 1024): one budget varied, then both in proportion
+_BUDGETS = [
+    _qwen3("8b", 32, b, 96, budgets)
+    for b in (1, 16)
+    for budgets in (
+        *((block, 1024) for block in (2048, 4096, 16384)),
+        *((8192, token) for token in (256, 512, 2048, 4096)),
+        (2048, 256),
+        (16384, 4096),
     )
+]
+_QUICK = [_tiny(1), _tiny(2)]
+CASES = {case.name: case for case in (*_SWEEP, *_BUDGETS, *_QUICK)}
+
+# Without FlexAttention, which compiles for seconds a case, and without dense forms that another one equals or beats
+LEAN = (
+    "sdpa_cudnn_gqa",
+    "sdpa_flash",
+    "sliding_window_triton",
+    "quest_block_budget",
+    "quest_token_budget",
+    "double_sparsity",
+    "triton_*",
+)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases that answer one question. ``providers``: patterns."""
+
+    cases: tuple[str, ...]
+    providers: tuple[str, ...] = ("*",)
+
+
+_BASES = ("qwen3-8b-b1-96k", "qwen3-8b-b16-96k")
+SUITES = {
+    "default": Suite(_BASES),
+    "sweep": Suite(tuple(case.name for case in _SWEEP), LEAN),
+    "budgets": Suite((*_BASES, *(case.name for case in _BUDGETS)), LEAN),
+    "quick": Suite(tuple(case.name for case in _QUICK)),
 }
-
-
-def selection(case: Case, numbers: Tensor) -> tls.BlockSelection:
-    """Block numbers [B, HKV, K], ascending, as a selection for one query token."""
-    indices = numbers[:, :, None].to(torch.int32).contiguous()
-    counts = torch.full(indices.shape[:3], indices.shape[3], dtype=torch.int32, device=indices.device)
-    return tls.BlockSelection(indices, counts, case.n_blocks, case.block_size, case.group, case.S)
-
-
-def make_inputs(case: Case, device: torch.device) -> list[InputSet]:
-    """Random input sets: normal q, k, v; K random blocks, and inside them ``token_budget`` random tokens."""
-    torch.manual_seed(0)
-    return [_input_set(case, device) for _ in range(case.n_sets(device))]
-
-
-def _input_set(case: Case, device: torch.device) -> InputSet:
-    rows = (case.B, case.HKV)
-    q = torch.randn(case.B, case.HQ, 1, case.D, dtype=case.dtype, device=device)
-    k, v = (torch.randn(*rows, case.S, case.D, dtype=case.dtype, device=device) for _ in range(2))
-    numbers = torch.rand(*rows, case.n_blocks, device=device).topk(case.kept_blocks).indices.sort().values
-    slots = (numbers[..., None] * case.block_size + torch.arange(case.block_size, device=device)).flatten(2)
-    chosen = torch.rand(slots.shape, device=device).topk(case.token_budget).indices
-    mask = torch.zeros(*rows, case.S, dtype=torch.bool, device=device)
-    mask = mask.scatter(2, slots.gather(2, chosen), True)[:, :, None].contiguous()
-    last = torch.full((case.B, 1), case.S - 1, device=device)
-    return InputSet(q, k, v, selection(case, numbers), tls.TokenSelection.from_mask(mask, last, case.group))

@@ -39,6 +39,8 @@ class Row:
     median_us: float
     p10_us: float
     p90_us: float
+    # "rotated": no call is served from cache; "repeated": every call has the same inputs, in L2 where they fit
+    inputs: str
     # Samples behind the three figures; one sample is one replay of a graph, see timing.py
     runs: int
     # Fewest bytes that the task must read, over the read bandwidth measured in the same run
@@ -103,10 +105,10 @@ def read(path: Path) -> list[Row]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each (gpu, case, provider, stage), in the order of first appearance."""
-    newest: dict[tuple[str, str, str, str], Row] = {}
+    """The last row of each (gpu, case, provider, stage, inputs), in the order of first appearance."""
+    newest: dict[tuple[str, str, str, str, str], Row] = {}
     for row in rows:
-        newest[row.gpu, row.case, row.provider, row.stage] = row
+        newest[row.gpu, row.case, row.provider, row.stage, row.inputs] = row
     return list(newest.values())
 
 

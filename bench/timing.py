@@ -1,8 +1,8 @@
 """Timing that does not flatter: CUDA graphs over rotated inputs, providers in turn, ceilings from the same run.
 
-One recording is a graph that calls a provider once for each input set, several times over. The sets together are far
-larger than the L2 cache, so that no call finds its input there. One sample is one replay, divided by its calls;
-providers take turns, so that a change of the clock or a neighbour's load meets all of them.
+One recording is a graph that calls a provider once for each input set, up to four times over. What is read of all
+sets together is far larger than the L2 cache, so that no call finds its input there. One sample is one replay,
+divided by its calls; providers take turns, so that a change of the clock or a neighbour's load meets all of them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 WARM_UP = 3
-# Passes over the input sets in one graph: a replay's own latency, some microseconds, is shared by all calls
-PASSES = 4
+# Calls in one graph share a replay's own latency, some microseconds. Few input sets are large ones, and four passes do
+CALLS = 32
+MAX_PASSES = 4
 
 
 class Recording(NamedTuple):
@@ -37,8 +38,14 @@ class Spread(NamedTuple):
     runs: int
 
 
-def record(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> Recording:
-    """Warm up, then capture ``calls`` in a CUDA graph; on CPU there is nothing to capture."""
+def n_passes(n_sets: int, repeat_inputs: bool) -> int:
+    """How many times a graph calls a provider for each input set."""
+    passes = -(-CALLS // n_sets)
+    return passes if repeat_inputs else min(MAX_PASSES, passes)
+
+
+def record(calls: Sequence[Callable[[], Tensor]], device: torch.device, passes: int) -> Recording:
+    """Warm up, then capture ``passes`` times ``calls`` in a CUDA graph; on CPU there is nothing to capture."""
     if device.type != "cuda":
         outputs = [call() for call in calls]
 
@@ -56,9 +63,9 @@ def record(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> Recor
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(PASSES):
+        for _ in range(passes):
             outputs = [call() for call in calls]
-    return Recording(graph.replay, outputs, PASSES * len(calls))
+    return Recording(graph.replay, outputs, passes * len(calls))
 
 
 def interleave(recordings: Mapping[str, Recording], device: torch.device, runs: int) -> dict[str, Spread]:

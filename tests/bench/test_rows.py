@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.plots import draw_operator, table
+from bench.plots import draw_all, table
 from bench.rows import Row, append, latest, read
 
 ROW = Row(
@@ -29,6 +29,7 @@ ROW = Row(
     median_us=35.25,
     p10_us=35.0,
     p90_us=36.5,
+    inputs="rotated",
     runs=50,
     floor_us=5.5,
     rel_error=2.5e-3,
@@ -82,39 +83,68 @@ def test_an_error_that_is_no_number_makes_no_row(value: float) -> None:
 
 def test_the_latest_of_equal_rows_counts() -> None:
     newer, other = vary(median_us=30.0), vary(provider="sdpa_cudnn", stage="attention")
-    assert latest([ROW, other, newer]) == [newer, other]
+    repeated = vary(inputs="repeated")
+    assert latest([ROW, other, repeated, newer]) == [newer, other, repeated]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
-@pytest.mark.parametrize("lengths", [(98304,), (8192, 16384, 98304)], ids=["bars", "curves"])
-def test_a_picture_is_drawn_from_rows(tmp_path: Path, suffix: str, lengths: tuple[int, ...]) -> None:
-    rows = [
-        vary(case=f"s{s}", S=s, provider=provider, median_us=us * s / 1e5, p10_us=us * s / 1e5, p90_us=us * s / 1e5 + 1)
-        for s in lengths
-        for provider, us in (("flex_total", 35.0), ("flex_given_selection[split_kv=8]", 14.0), ("sdpa_cudnn", 137.0))
+def test_pictures_are_drawn_from_rows(tmp_path: Path, suffix: str) -> None:
+    providers = {"triton_total": 35.0, "flex_given_selection[split_kv=8]": 14.0, "sdpa_cudnn_gqa": 137.0}
+    lengths = [
+        vary(case=f"qwen3-8b-b{b}-{s}", B=b, S=s, provider=provider, median_us=us * s / 1e5, p90_us=us * s / 1e5 + 1)
+        for s in (8192, 16384, 98304)
+        for b in (1, 16)
+        for provider, us in providers.items()
     ]
-    path = tmp_path / f"picture{suffix}"
-    draw_operator(rows, path)
-    assert path.stat().st_size > 5000
+    budgets = [
+        vary(case=f"qwen3-8b-b1-96k-{block}-1024", block_budget=block, provider=provider, median_us=us)
+        for block in (2048, 4096)
+        for provider, us in providers.items()
+    ]
+    for rows, endings in (
+        (lengths[:3], [""]),
+        (lengths, ["", "-lengths-qwen3-8b"]),
+        ([*lengths, *budgets], ["", "-lengths-qwen3-8b", "-budgets-qwen3-8b"]),
+    ):
+        paths = draw_all(rows, tmp_path / f"picture{suffix}")
+        assert [path.name for path in paths] == [f"picture{ending}{suffix}" for ending in endings]
+        assert all(path.stat().st_size > 5000 for path in paths)
 
 
 def test_the_table_compares_with_the_best_dense_kernel_of_the_case() -> None:
     dense = [vary(provider="sdpa_cudnn", median_us=140.0), vary(provider="sdpa_flash", median_us=141.0)]
-    lines = table([ROW, *dense, vary(case="other")]).splitlines()
+    lines = table([ROW, *dense, vary(inputs="repeated"), vary(case="other")]).splitlines()
     assert "| 4.0x |" in lines[2]
+    assert "inputs repeated" in lines[-2]
+    assert "x |" not in lines[-2]
     assert "x |" not in lines[-1]
 
 
 def test_the_command_line_measures_and_draws_on_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.jsonl"
     quick = ["run", "operator", "--device", "cpu", "--quick", "--commit", "abc", "--dirty", "--out", str(out)]
-    assert main([*quick, "--providers", "sdpa_*", "--cases", "tiny-b2"]) == 0
+    flash = [*quick, "--providers", "sdpa_*", "--cases", "tiny-b2"]
+    assert main(flash) == 0
     (row,) = read(out)
     assert (row.provider, row.gpu, row.commit, row.dirty, row.runs) == ("sdpa_flash", "cpu", "abc", True, 5)
     assert row.rel_error < 1e-2
     assert main(["plot", "operator", "--rows", str(out)]) == 0
     assert out.with_suffix(".svg").is_file()
+    assert main([*flash, "--repeat-inputs"]) == 0
+    assert [row.inputs for row in read(out)] == ["rotated", "repeated"]
     assert main(["plot", "operator", "--rows", str(tmp_path / "none.jsonl")]) == 2
     assert main([*quick, "--runs", "1"]) == 2
     assert main([*quick, "--providers", "nothing"]) == 2
     assert "providers: nothing matches nothing; there are sdpa_cudnn" in capsys.readouterr().err
+
+
+def test_a_run_cut_by_its_time_limit_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    quick = ["run", "operator", "--device", "cpu", "--quick", "--commit", "abc", "--out", str(out)]
+    flash = [*quick, "--providers", "sdpa_*"]
+    assert main([*flash, "--seconds", "0"]) == 0
+    assert "left: tiny-b1 tiny-b2" in capsys.readouterr().out
+    assert not out.exists() or not read(out)
+    assert main([*flash, "--cases", "tiny-b1"]) == 0
+    assert main([*flash, "--resume"]) == 0
+    assert [row.case for row in read(out)] == ["tiny-b1", "tiny-b2"]

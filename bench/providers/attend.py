@@ -1,0 +1,39 @@
+"""Our attention kernel over lists of blocks or tokens, for the baselines written in Triton."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..cases import Case
+from ..inputs import InputSet
+
+
+def attention_over(
+    case: Case, device: torch.device, n_tokens: int, *, by_block: bool
+) -> Callable[[InputSet, Tensor, Tensor], Tensor]:
+    """``attend(inputs, ids, counts) -> out`` [B, HQ, 1, D] over up to ``n_tokens`` tokens a KV head.
+
+    ids int32 [R, K] are blocks or tokens, the first counts int32 [R] of them valid; R = B * HKV. One workspace serves
+    every call: calls follow one another on a stream.
+    """
+    from flex_tls.kernels.attend import launch_attend
+    from flex_tls.kernels.tiles import tiles_for
+
+    arrivals = torch.zeros(case.rows, dtype=torch.int32, device=device)
+    tiles = tiles_for(
+        device, head_dim=case.D, group=case.group, rows=case.rows, n_slots=case.S, block_size=case.block_size,
+        selected=n_tokens,
+    )  # fmt: skip
+
+    def attend(inputs: InputSet, ids: Tensor, counts: Tensor) -> Tensor:
+        out, _ = launch_attend(
+            inputs.q, inputs.k, inputs.v, inputs.index.seq_lens, ids, counts, arrivals,
+            by_block=by_block, block_size=case.block_size, scale=1 / math.sqrt(case.D), tiles=tiles,
+        )  # fmt: skip
+        return out
+
+    return attend

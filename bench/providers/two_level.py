@@ -1,0 +1,40 @@
+"""Ours: ``two_level_attention`` as a user calls it, scores, both selections and attention."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+import flex_tls as tls
+from flex_tls.attention import Backend, attend
+
+from ..cases import Case
+from ..inputs import InputSet
+from .registry import Call, Job, Make, provider
+
+
+def _total(backend: Backend, **options: Any) -> Make:
+    def make(case: Case, sets: list[InputSet], split_kv: int | None) -> Job:
+        cfg = case.config(**options)
+        calls: list[Call] = []
+        masks: list[Tensor | None] = []
+        for i in sets:
+            tokens = attend(i.q, i.k, i.v, i.index, cfg, backend=backend).tokens
+            assert tokens is not None
+            masks.append(tokens.mask[:, :, 0])
+            calls.append(partial(tls.two_level_attention, i.q, i.k, i.v, i.index, cfg, backend=backend))
+        share = 1.0 if cfg.filter_dims is None else cfg.filter_dims / cfg.label_dims
+        index_bytes = share * sets[0].index.bytes_per_token * case.rows * case.S
+        return Job(calls, masks, index_bytes + case.kv_bytes(cfg.token_budget or cfg.block_budget))
+
+    return make
+
+
+provider("flex_total", "total")(_total("flex"))
+provider("triton_total", "total", needs="triton")(_total("triton"))
+# Half of each label at level 1: half of its bytes
+provider("triton_filter16", "total", needs="triton")(_total("triton", filter_dims=16))
+# Level 1 alone: every token of the kept blocks
+provider("triton_blocks_only", "total", needs="triton")(_total("triton", token_budget=None))
