@@ -29,7 +29,7 @@ def rank_labels(
     codes, asked, base, unit, blocks, scores, keys, arrivals, ids, counts, S, n, K,
     W: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, LISTED: tl.constexpr, SIZE: tl.constexpr,
     PER: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr, KP: tl.constexpr,
-    NATIVE: tl.constexpr,
+    WHOLE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, row) scores TILES times PER of the row's n blocks; the row's last program keeps K.
 
@@ -68,7 +68,7 @@ def rank_labels(
         # Nothing is forced: the position is past every candidate
         UNIT: tl.constexpr = 1 if LISTED else SIZE
         keep_best(scores, n_scores, K, blocks, keys + row * n_scores, ids + row * K, counts + row, S, S, 0, 0,
-                  n_scores, K, 1, 1, BN, CHUNKS, KP, SIZE, UNIT, n_scores == BN * CHUNKS, "max")  # fmt: skip
+                  n_scores, K, 1, 1, BN, CHUNKS, KP, SIZE, UNIT, WHOLE, "max")  # fmt: skip
 
 
 def launch_rank_labels(
@@ -101,9 +101,11 @@ def _launch(
     per = TILE // BLOCK_SIZE
     # A list is short: one tile a program. Of all blocks some eight programs a processor
     tiles = max(1, rows * -(-n // per) // (n_processors(codes.device) * 8)) if NATIVE and not listed else 1
+    # The choice would take all registers it can get: twice as many warps stream with half of them
     rank_labels[(-(-n // (per * tiles)), rows)](
         codes, asked, base, unit, ids if blocks is None else blocks, scores, keys, arrivals, ids, counts, s, n, kept,
         W=w, BITS=bits, GROUP=group, LISTED=listed, SIZE=BLOCK_SIZE, PER=per, TILES=tiles, BN=chunk, CHUNKS=chunks,
-        KP=padded(kept), NATIVE=NATIVE, num_warps=16 if listed else 8, launch_pdl=NATIVE,
+        KP=padded(kept), WHOLE=chunk * chunks == candidates, NATIVE=NATIVE,
+        num_warps=16 if listed else 8, maxnreg=128, launch_pdl=NATIVE,
     )  # fmt: skip
     return ids, counts

@@ -21,7 +21,7 @@ def score_boxes(
     q, low, high, scores, keys, arrivals, ids, counts, N, K, newest,
     D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PER: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr, KP: tl.constexpr,
-    PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, row) scores TILES times PER blocks; the row's last program chooses."""
     precede(NATIVE)
@@ -48,7 +48,7 @@ def score_boxes(
     if tl.atomic_add(arrivals + row, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(arrivals + row, 0)
         keep_best(scores, N, K, ids, keys + row * N, ids + row * K, counts + row, N, newest, 0, 1, N, K,
-                  1, 1, BN, CHUNKS, KP, BLOCK_SIZE, BLOCK_SIZE, BN * CHUNKS == N, "max")  # fmt: skip
+                  1, 1, BN, CHUNKS, KP, BLOCK_SIZE, BLOCK_SIZE, WHOLE, "max")  # fmt: skip
 
 
 def launch_score_boxes(
@@ -68,10 +68,12 @@ def launch_score_boxes(
     keys = arrivals.new_empty(rows, n) if chunks > 1 else ids
     # Some eight programs a processor; few rows take one tile a program
     tiles = max(1, rows * -(-n // TILE) // (n_processors(q.device) * 8)) if NATIVE else 2
+    # The choice would take all registers it can get: more warps stream without them, and nothing spills
     score_boxes[(-(-n // (TILE * tiles)), rows)](
         q, low, high, scores, keys, arrivals, ids, counts, n, kept, n * block_size - 1,
         D=d, DP=padded(d, 16), GROUP=group, ROWS=padded(group, 16), BLOCK_SIZE=block_size, PER=TILE, TILES=tiles,
-        BN=chunk, CHUNKS=chunks, KP=padded(kept), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        NATIVE=NATIVE, num_warps=4, num_stages=3,
+        BN=chunk, CHUNKS=chunks, KP=padded(kept), WHOLE=chunk * chunks == n,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", NATIVE=NATIVE, num_warps=4, num_stages=3,
+        maxnreg=128,
     )  # fmt: skip
     return ids, counts

@@ -16,10 +16,11 @@ from flex_tls.reference import attention_reference
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# A group of 5, Qwen3-14B's; in float32, because Triton's interpreter multiplies bfloat16 as integers
-CASE = Case(
-    name="t", B=2, HQ=10, HKV=2, D=64, S=1024, block_size=32, block_budget=256, token_budget=160, dtype=torch.float32
-)
+# Triton's interpreter multiplies bfloat16 as integers; torch's flash attention on CUDA takes no float32
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+TOLERANCE = 1e-2 if DEVICE.type == "cuda" else 1e-5
+# A group of 5, Qwen3-14B's
+CASE = Case(name="t", B=2, HQ=10, HKV=2, D=64, S=1024, block_size=32, block_budget=256, token_budget=160, dtype=DTYPE)
 
 
 def test_the_error_is_that_of_the_packages_oracle() -> None:
@@ -46,7 +47,7 @@ def test_baselines_attend_exactly_to_what_they_select(name: str, tokens: int | N
     job = PROVIDERS[name].make(CASE, sets, None)
     # Twice: the kernels leave their workspaces as they found them
     for call, inputs, mask in list(zip(job.calls, sets, job.masks, strict=True)) * 2:
-        assert relative_error(call(), inputs, mask) < 1e-5
+        assert relative_error(call(), inputs, mask) < TOLERANCE
         assert mask is None if tokens is None else bool((mask.sum(-1) == tokens).all())
 
 
