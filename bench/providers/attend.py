@@ -1,4 +1,4 @@
-"""Our attention kernel over lists of blocks or tokens, for the baselines written in Triton."""
+"""Our attention kernel, over everything or over lists of blocks or tokens, for the baselines written in Triton."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from torch import Tensor
 
 from ..cases import Case
 from ..inputs import InputSet
+
+
+def attention_over_all(case: Case, device: torch.device) -> Callable[[InputSet], Tensor]:
+    """``attend(inputs) -> out`` [B, HQ, 1, D] over every token: what our compiled loop takes for its dense layers."""
+    from flex_tls.static import attend_all
+
+    arrivals = torch.zeros(case.rows, dtype=torch.int32, device=device)
+
+    def attend(i: InputSet) -> Tensor:
+        out: Tensor = attend_all(i.q, i.k, i.v, i.index.seq_lens, arrivals, 1 / math.sqrt(case.D))
+        return out
+
+    return attend
 
 
 def attention_over(

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..cases import Case
 from ..inputs import InputSet, selection
+from .attend import attention_over_all
 from .flex import flex_calls
 from .registry import Job, Make, provider
 
@@ -45,3 +46,10 @@ def flex_dense(case: Case, sets: list[InputSet], split_kv: int | None) -> Job:
     every = torch.arange(case.n_blocks, device=sets[0].q.device).expand(case.B, case.HKV, -1)
     mask = block_mask(selection(case, every))
     return Job(flex_calls(case, sets, [mask] * len(sets), split_kv), [None] * len(sets), case.kv_bytes(case.S))
+
+
+@provider("triton_dense", "attention", needs="triton")
+def triton_dense(case: Case, sets: list[InputSet], split_kv: int | None) -> Job:
+    """Our attention kernel without a list: the compiled loop's dense layers."""
+    attend = attention_over_all(case, sets[0].q.device)
+    return Job([partial(attend, i) for i in sets], [None] * len(sets), case.kv_bytes(case.S))

@@ -35,6 +35,7 @@ def test_the_error_is_that_of_the_packages_oracle() -> None:
     ("name", "tokens"),
     [
         ("sdpa_flash", None),
+        ("triton_dense", None),
         ("sliding_window_triton", 256),
         ("quest_block_budget", 256),
         ("quest_token_budget", 160),
