@@ -68,7 +68,7 @@ def rank_labels(
         # Nothing is forced: the position is past every candidate
         UNIT: tl.constexpr = 1 if LISTED else SIZE
         keep_best(scores, n_scores, K, blocks, keys + row * n_scores, ids + row * K, counts + row, S, S, 0, 0,
-                  n_scores, K, 1, 1, BN, CHUNKS, KP, SIZE, UNIT, WHOLE, "max")  # fmt: skip
+                  n_scores, K, 1, 1, BN, CHUNKS, KP, SIZE, UNIT, WHOLE, "max", NATIVE)  # fmt: skip
 
 
 def launch_rank_labels(

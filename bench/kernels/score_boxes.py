@@ -48,7 +48,7 @@ def score_boxes(
     if tl.atomic_add(arrivals + row, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(arrivals + row, 0)
         keep_best(scores, N, K, ids, keys + row * N, ids + row * K, counts + row, N, newest, 0, 1, N, K,
-                  1, 1, BN, CHUNKS, KP, BLOCK_SIZE, BLOCK_SIZE, WHOLE, "max")  # fmt: skip
+                  1, 1, BN, CHUNKS, KP, BLOCK_SIZE, BLOCK_SIZE, WHOLE, "max", NATIVE)  # fmt: skip
 
 
 def launch_score_boxes(

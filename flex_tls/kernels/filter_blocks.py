@@ -54,7 +54,7 @@ def filter_blocks(
     if tl.atomic_add(arrivals + row, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(arrivals + row, 0)
         keep_best(scores, N, K, ids, keys + row * N, ids + row * K, counts + row, N, position, sinks, recent, N, K,
-                  GROUP, GP, BN, CHUNKS, KP, BLOCK_SIZE, BLOCK_SIZE, WHOLE, REDUCE)  # fmt: skip
+                  GROUP, GP, BN, CHUNKS, KP, BLOCK_SIZE, BLOCK_SIZE, WHOLE, REDUCE, NATIVE)  # fmt: skip
 
 
 def launch_filter_blocks(

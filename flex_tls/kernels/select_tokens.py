@@ -53,7 +53,7 @@ def select_tokens(
         newest = n_filled - BLOCK_SIZE + position % BLOCK_SIZE
         # Entries past the filled ones hold -inf
         keep_best(scores, n, M, blocks, keys + row * n, ids + row * M, counts + row, N * BLOCK_SIZE, newest,
-                  sinks, recent, n, M, GROUP, GP, BN, CHUNKS, MP, BLOCK_SIZE, 1, WHOLE, REDUCE)  # fmt: skip
+                  sinks, recent, n, M, GROUP, GP, BN, CHUNKS, MP, BLOCK_SIZE, 1, WHOLE, REDUCE, NATIVE)  # fmt: skip
 
 
 def launch_select_tokens(

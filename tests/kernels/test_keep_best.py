@@ -12,13 +12,14 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 
 from flex_tls.kernels.keep_best import keep_best  # noqa: E402 - needs triton
+from flex_tls.kernels.tiles import NATIVE  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @triton.jit
 def choose(scores, n, k, keys, out, count, K, position, sinks, recent, BN: tl.constexpr, CHUNKS: tl.constexpr,
-           KP: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+           KP: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     keep_best(
         scores,
         n,
@@ -42,6 +43,7 @@ def choose(scores, n, k, keys, out, count, K, position, sinks, recent, BN: tl.co
         16,
         WHOLE,
         "max",
+        NATIVE,
     )
 
 
@@ -51,7 +53,7 @@ def kept(scores: Tensor, k: int, chunk: int) -> list[int]:
     count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     chunks = -(-n // chunk)
     choose[(1,)](scores.to(DEVICE), n, k, keys, out, count, k, 2**30, 0, 0, BN=chunk, CHUNKS=chunks,
-                 KP=triton.next_power_of_2(k), WHOLE=n == chunk * chunks)  # fmt: skip
+                 KP=triton.next_power_of_2(k), WHOLE=n == chunk * chunks, NATIVE=NATIVE)  # fmt: skip
     assert out[k:].eq(-7).all(), "wrote past its list"
     found = out[: int(count)].tolist()
     assert out[int(count) : k].eq(n).all(), "left an entry unfilled"
