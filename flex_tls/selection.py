@@ -16,6 +16,8 @@ from .mods import MaskMod, ScoreMod, apply_mods, query_positions
 
 # Tokens' scores may pass their blocks' where level 1 reads fewer channels: an exponent that float32 still holds
 MOST_EXPONENT = 80.0
+# Largest rank made of raw scores: the float16 two below infinity
+LARGEST_HALF = 65472.0
 
 
 @dataclass(frozen=True)
@@ -290,8 +292,7 @@ def reduce_group(scores: Tensor, cfg: TLSConfig, over: Tensor | None = None) -> 
 
 def _half(rank: Tensor) -> Tensor:
     """Rounded to float16's digits, -inf as it was."""
-    largest = torch.finfo(torch.float16).max
-    return torch.where(rank.isneginf(), rank, rank.clamp(-largest, largest).half().float())
+    return torch.where(rank.isneginf(), rank, rank.clamp(-LARGEST_HALF, LARGEST_HALF).half().float())
 
 
 def _per_block(tokens: Tensor, n_blocks: int, size: int) -> Tensor:

@@ -17,6 +17,8 @@ import triton.language as tl
 ALWAYS: tl.constexpr = tl.constexpr(0x7C00)
 NEVER: tl.constexpr = tl.constexpr(0xFC00)
 NEVER_TWICE: tl.constexpr = tl.constexpr(0xFC00FC00 - 2**32)
+# The float16 two below infinity: find_edge needs the one between
+LARGEST: tl.constexpr = tl.constexpr(65472.0)
 MANY: tl.constexpr = tl.constexpr(2**30)
 
 
@@ -29,7 +31,7 @@ def make_key(rank, alive, forced, POSITIVE: tl.constexpr):
     if POSITIVE:
         key = tl.minimum(rank.to(tl.int32, bitcast=True) >> 16, ALWAYS - 2)
     else:
-        rank = tl.minimum(tl.maximum(rank, -65504.0), 65504.0)
+        rank = tl.minimum(tl.maximum(rank, -LARGEST), LARGEST)
         key = rank.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return tl.where(alive, tl.where(forced, ALWAYS, key), NEVER)
 
@@ -137,7 +139,8 @@ def find_edge(words, more_words, n, k,
         edge = tl.where(n_high >= k, high, tl.where(n_middle >= k, middle, tl.where(n_low >= k, low, edge)))
         middle = (edge + beyond) >> 1
         low, high = (edge + middle) >> 1, (middle + beyond) >> 1
-    return edge, tl.where(reached == k, MANY, k - above)
+    # A threshold at the lowest edge that fewer than k reach: all are wanted
+    return edge, tl.where((reached == k) | (beyond == edge), MANY, k - above)
 
 
 @triton.jit
