@@ -36,3 +36,14 @@ def meet(counter, PROGRAMS: tl.constexpr):
         while tl.inline_asm_elementwise("ld.acquire.gpu.global.u32 $0, [$1];", "=r,l", [counter],
                                         dtype=tl.int32, is_pure=False, pack=1) < PROGRAMS:  # fmt: skip
             pass
+
+
+@triton.jit
+def leave(counters, stride, PROGRAMS: tl.constexpr):
+    """The last of a row's programs to come here sets the row's three counters to zero again."""
+    if PROGRAMS > 1:
+        tl.debug_barrier()
+        if tl.atomic_add(counters + 2 * stride, 1, sem="acq_rel") == PROGRAMS - 1:
+            tl.store(counters, 0)
+            tl.store(counters + stride, 0)
+            tl.store(counters + 2 * stride, 0)

@@ -26,7 +26,7 @@ from .ask import ask, load_projection
 from .attend import attend_range, finish, load_query
 from .follow import follow
 from .keep_best import find_edge, load_words, write_list
-from .rows import locate, meet, share
+from .rows import leave, locate, meet, share
 from .score import prefetch_labels, rank_blocks, rank_tokens, score_blocks
 from .tiles import NATIVE, Tiles, padded
 
@@ -129,6 +129,8 @@ def two_level(
             # All programs have met, and left
             tl.store(arrivals, 0)
             tl.store(arrivals + arrivals_stride, 0)
+    elif FIRST < LAST:
+        leave(arrivals, arrivals_stride, PROGRAMS)
 
 
 class Work(NamedTuple):
@@ -158,18 +160,22 @@ class Work(NamedTuple):
 
 
 def launch_two_level(
-    q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor,
-    arrivals: Tensor, *, bits: int, block_size: int, kept_blocks: int, token_budget: int | None, sinks: int,
-    recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str, tiles: Tiles,
+    q: Tensor, k: Tensor | None, v: Tensor | None, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor,
+    step: Tensor, arrivals: Tensor, *, bits: int, block_size: int, kept_blocks: int, token_budget: int | None,
+    sinks: int, recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str, tiles: Tiles,
+    given: Work | None = None, pages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Work]:  # fmt: skip
     """Output [B, HQ, T, D] in q's dtype, lse float32 [B, HQ, T], and what was chosen.
 
     ``arrivals`` int32 [3, R] or wider: zeros before and after. ``token_budget`` None attends to all of the kept blocks.
+    Without k and v it stops when the blocks are chosen (phases 0 and 1; output and lse are left unwritten). With
+    ``given``, what that call left, it goes on from there (phases 2 and 3) inside the blocks that ``given`` names.
+    ``pages`` int32 [B * HKV, N]: block n of a KV head is page ``pages[n]`` of k and v [B, HKV, P, block_size, D].
     """
     b, hq, t, d = q.shape
     _, hkv, w, s = codes.shape
     rows, group, n, channels = b * hkv * t, hq // hkv, s // block_size, to_query.shape[-1]
-    kept = min(kept_blocks, n)
+    kept = min(kept_blocks, n) if given is None else given.blocks.shape[1]
     by_block = token_budget is None or token_budget >= kept * block_size
     chosen = 0 if by_block else token_budget or 0
     programs = tiles.programs
@@ -177,33 +183,44 @@ def launch_two_level(
     token_chunk, token_chunks = tiles.chunk(kept * block_size)
     i32, f32 = torch.int32, torch.float32
     new = seq_lens.new_empty
-    work = Work(
-        asked=new(rows, group, 8 // bits, w, dtype=i32), base=new(rows, group, 2, dtype=f32),
-        unit=new(rows, group, dtype=f32), scores=new(rows, group, block_chunk * block_chunks, dtype=f32),
-        norms=new(rows, group, 2, dtype=f32), block_words=new(rows, block_chunk * block_chunks // 2, dtype=i32),
-        blocks=new(rows, kept, dtype=i32), block_counts=new(rows, dtype=i32),
+    if given is None:
+        given = Work(
+            asked=new(rows, group, 8 // bits, w, dtype=i32), base=new(rows, group, 2, dtype=f32),
+            unit=new(rows, group, dtype=f32), scores=new(rows, group, block_chunk * block_chunks, dtype=f32),
+            norms=new(rows, group, 2, dtype=f32), block_words=new(rows, block_chunk * block_chunks // 2, dtype=i32),
+            blocks=new(rows, kept, dtype=i32), block_counts=new(rows, dtype=i32), words=seq_lens, ids=seq_lens,
+            counts=seq_lens,
+        )  # fmt: skip
+        start = 0
+    else:
+        start = 2
+    work = given._replace(
         words=new(rows, 0 if by_block else token_chunk * token_chunks // 2, dtype=i32),
         ids=new(rows, chosen, dtype=i32), counts=new(rows, dtype=i32),
     )  # fmt: skip
     out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), new(b, hq, t, dtype=f32)
     partial = new(rows, programs, group, d, dtype=f32) if programs > 1 else lse
     partial_lse = new(rows, programs, group, dtype=f32) if programs > 1 else lse
+    stop = LAST_PHASE if k is not None else 1
+    keys, values = (q if x is None else x for x in (k, v))
+    page_stride_k, page_stride_v = (keys.stride(2), values.stride(2)) if pages is not None else (0, 0)
     read = -(-filter_dims * bits // 32)
     # Interpreted programs run one after the other: they cannot meet, so their phases are launched one by one
-    phases = [(0, LAST_PHASE)] if NATIVE or programs == 1 else [(0, 0), (1, 2), (3, LAST_PHASE)]
+    phases = [(start, stop)] if NATIVE or programs == 1 else [(i, i) for i in range(start, stop + 1)]
     for first, last in phases:
         two_level[(programs, rows)](
-            q, k, v, seq_lens, codes, to_query, low, step, arrivals, *work[:9], work.words.view(torch.int16), *work[9:],
-            partial, partial_lse, arrivals, out, lse, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1),
-            k.stride(2), v.stride(0), v.stride(1), v.stride(2), 0, 0, arrivals.stride(0), work.scores.shape[2],
-            work.words.shape[1], hkv, t, n, kept, chosen, scale, sinks, recent, filter_dims,
+            q, keys, values, seq_lens, codes, to_query, low, step, arrivals if pages is None else pages, *work[:9],
+            work.words.view(torch.int16), *work[9:], partial, partial_lse, arrivals, out, lse,
+            q.stride(0), q.stride(1), q.stride(2), keys.stride(0), keys.stride(1), keys.stride(-2),
+            values.stride(0), values.stride(1), values.stride(-2), page_stride_k, page_stride_v, arrivals.stride(0),
+            work.scores.shape[2], work.words.shape[1], hkv, t, n, kept, chosen, scale, sinks, recent, filter_dims,
             D=d, DP=padded(d, 16), C=channels, W=w, READ=read, BITS=bits, CHANNELS=max(16, padded(w) * 32 // bits),
             GROUP=group, GP=padded(group), ROWS=padded(group, 16), BLOCK_SIZE=block_size,
             PER=tiles.blocks_of(tiles.score_words, read, block_size), SCORE_STAGES=tiles.score_stages,
             BLOCK_BN=block_chunk, BLOCK_CHUNKS=block_chunks, KP=padded(-(-kept // programs)),
             PER_TOKENS=tiles.blocks_of(tiles.rank_words, w, block_size), TOKEN_BN=token_chunk,
             TOKEN_CHUNKS=token_chunks, MP=padded(max(1, -(-chosen // programs))), TILE=tiles.attend_tile,
-            ATTEND_STAGES=tiles.attend_stages, BY_BLOCK=by_block, PAGED=False, BLOCK_REDUCE=block_reduce,
+            ATTEND_STAGES=tiles.attend_stages, BY_BLOCK=by_block, PAGED=pages is not None, BLOCK_REDUCE=block_reduce,
             REDUCE=group_reduce, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", PROGRAMS=programs,
             PP=padded(programs), PREFETCH=NATIVE and programs > 1, FIRST=first, LAST=last, NATIVE=NATIVE,
             num_warps=tiles.warps, launch_pdl=NATIVE, launch_cooperative_grid=NATIVE and programs > 1,
