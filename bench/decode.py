@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import flex_tls as tls
-from flex_tls.decode import _Loop
+from flex_tls.decode import Loop
 from flex_tls.integrations.huggingface import enabled
 
 from .rows import Machine
@@ -109,10 +109,10 @@ def _ours(model: Any, cache: tls.TLSCache, name: str) -> tuple[Callable[[], obje
         dense.advance(cache.get_seq_length())
         cache = dense
     ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    loop = _Loop(model, cache, tls.Sampling(), ids, [], None, None)
+    loop = Loop(model, cache, ids)
     loop.start.copy_(torch.tensor(cache.seq_lens))
     with torch.no_grad(), enabled(model):
-        replay = loop._build(sparse=name == "two_level")
+        replay = loop.build(sparse=name == "two_level")
 
     def step() -> None:
         if loop.token.is_cuda:

@@ -61,7 +61,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         self._dtype = dtype
         self._device = None if device is None else torch.device(device)
         # Steps that flex_tls.decode compiled, each of which holds its model; they live as long as the buffers they read
-        self.compiled_steps: dict[tuple[Any, int, bool], Any] = {}
+        self.compiled_steps: dict[tuple[Any, ...], Any] = {}
         super().__init__(layers=[TLSLayer(self._shared, i) for i in range(shape.n_layers)])
         if dtype is not None and self._device is not None:
             self._allocate(dtype, self._device)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import flex_tls as tls
 from flex_tls.static import append_tokens, attend_all
 from tests.cases import make as make_case
-from tests.integrations.models import FAMILIES, SPARSE, make, prompts
+from tests.integrations.models import FAMILIES, SPARSE, make, prompts, tokenizer
 
 NO_WINDOW = [family for family in FAMILIES if "window" not in family]
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
@@ -20,7 +20,7 @@ def cache_for(model: Any, batch_size: int, max_len: int = 160, cfg: tls.TLSConfi
     return tls.TLSCache(model.config, cfg, batch_size=batch_size, max_len=max_len)
 
 
-def transformers_output(model: Any, cache: tls.TLSCache, n: int, **inputs: torch.Tensor) -> torch.Tensor:
+def transformers_output(model: Any, cache: tls.TLSCache, n: int, **inputs: Any) -> torch.Tensor:
     tls.enable(model)
     try:
         out: torch.Tensor = model.generate(**inputs, past_key_values=cache, max_new_tokens=n, do_sample=False)
@@ -69,19 +69,22 @@ def test_the_compiled_step_generates_the_same(family: str, lens: tuple[int, ...]
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_a_later_turn_and_another_prompt_compile_nothing(device: str) -> None:
+def test_a_later_turn_and_another_prompt_compile_nothing(device: str, capfd: pytest.CaptureFixture[str]) -> None:
     model = make("qwen3").to(device)
     cache = cache_for(model, 1)
 
-    def run(n: int) -> None:
+    def run(n: int) -> str:
         ids = prompts(n)["input_ids"].to(device)
-        tls.generate(model, ids, cache=cache, max_new_tokens=4, compiled=True)
+        tls.generate(model, ids, cache=cache, max_new_tokens=4, compiled=True, progress=True)
+        return capfd.readouterr().err
 
-    run(60)
+    seen = run(60)
+    assert "reading the prompt" in seen
+    assert "compiling the step: 00:0" in seen
     counters = torch._dynamo.utils.counters
     before = counters["stats"]["unique_graphs"]
     assert before > 0
-    run(90)
+    assert "compiling the step" not in run(90)
     cache.reset()
     run(75)
     assert counters["stats"]["unique_graphs"] == before
@@ -101,6 +104,34 @@ def test_rows_end_at_their_stop_token() -> None:
         assert row[:end] == whole[: min(end, len(row))]
         assert set(row[end:]) <= {5}
     assert cache.get_seq_length() == 40 + got.shape[1] - 1
+
+
+@pytest.mark.parametrize("lens", [(40,), (40, 33, 12)])
+@pytest.mark.parametrize("from_prompt", [False, True])
+def test_stop_strings_end_rows_where_transformers_ends_them(lens: tuple[int, ...], from_prompt: bool) -> None:
+    """A stop string crosses token borders, and may begin in the prompt; rows that ended are padded."""
+    model, inputs, words = make("qwen3"), prompts(*lens), tokenizer()
+    free = tls.generate(
+        model, inputs["input_ids"], attention_mask=inputs["attention_mask"], cache=cache_for(model, len(lens)),
+        max_new_tokens=10, compiled=False,
+    )  # fmt: skip
+    # Out of row 0's text: the end of one token and the beginning of the next
+    first = 39 if from_prompt else 43
+    left, right = (words.decode(free[0, i]) for i in (first, first + 1))
+    strings = [left[-1] + right[:1], "zzzz"]
+    stop = {"stop_strings": strings, "tokenizer": words}
+    # Without an end-of-sequence token transformers lets a row go on while others do
+    model.generation_config.eos_token_id = 96
+    theirs, ours = cache_for(model, len(lens)), cache_for(model, len(lens))
+    want = transformers_output(model, theirs, 10, **inputs, **stop)
+    got = tls.generate(
+        model, inputs["input_ids"], attention_mask=inputs["attention_mask"], cache=ours, max_new_tokens=10,
+        compiled=False, **stop,
+    )  # fmt: skip
+    assert torch.equal(got, want)
+    assert got[0, first + 2 :].eq(0).all()
+    assert len(lens) > 1 or got.shape[1] == first + 2
+    assert (ours.seq_lens, ours.get_seq_length()) == (theirs.seq_lens, theirs.get_seq_length())
 
 
 def test_streamer_and_seed() -> None:
@@ -146,6 +177,12 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"sliding windows.*compiled=False"):
         tls.generate(windowed, ids, cache=unread, max_new_tokens=4, compiled=True)
     assert unread.get_seq_length() == 0
+    with pytest.raises(ValueError, match="tokenizer: expected the model's tokenizer"):
+        tls.generate(model, ids, cache=unread, max_new_tokens=4, stop_strings="stop")
+    with pytest.raises(ValueError, match="stop_strings: expected strings with at least one character"):
+        tls.generate(model, ids, cache=unread, max_new_tokens=4, stop_strings=[""], tokenizer=tokenizer())
+    with pytest.raises(ValueError, match=r"inductor_options: expected options of torch\.compile.*no_such_option"):
+        tls.generate(model, ids, cache=unread, max_new_tokens=4, inductor_options={"no_such_option": True})
     box = tls.TLSConfig(block_size=16, block_budget=48, token_budget=32, sink_tokens=4, recent_tokens=8, index="box")
     with pytest.raises(ValueError, match="index='lowrank'"):
         tls.generate(model, ids, cache=cache_for(model, 1, cfg=box), max_new_tokens=4, compiled=True)
