@@ -19,6 +19,7 @@ from .selection import BlockSelection, TokenSelection, select_blocks, select_tok
 if TYPE_CHECKING:
     from .cache import TLSCache
     from .decode import generate
+    from .explanation import explain
     from .integrations.huggingface import disable, enable
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "TokenSelection",
     "disable",
     "enable",
+    "explain",
     "generate",
     "select_blocks",
     "select_tokens",
@@ -49,6 +51,10 @@ def __getattr__(name: str) -> Any:
         from .decode import generate
 
         return generate
+    if name == "explain":
+        from .explanation import explain
+
+        return explain
     if name in ("enable", "disable"):
         from .integrations import huggingface
 
