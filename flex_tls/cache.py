@@ -139,6 +139,8 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         """Drop the last ``-tokens_to_remove`` columns; a positive number keeps that many, as in older transformers."""
         self._settle()
         progress = self._shared.progress
+        # Assisted generation counts in tensors
+        tokens_to_remove = int(tokens_to_remove)
         length = tokens_to_remove if tokens_to_remove > 0 else max(progress.length + tokens_to_remove, 0)
         if length >= progress.length:
             return

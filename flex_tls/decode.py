@@ -19,6 +19,7 @@ from .cache_layer import TLSLayer
 from .capture import captured
 from .fused import why_not_here
 from .integrations.huggingface import STEP, enabled, end_of_sequence_ids
+from .lookup import lookup_steps
 from .notice import clock
 from .prefill import read_prompt
 from .sampling import Sampling
@@ -44,6 +45,7 @@ def generate(
     seed: int | None = None,
     streamer: Any = None,
     compiled: bool | None = None,
+    prompt_lookup_tokens: int = 0,
     inductor_options: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -64,6 +66,8 @@ def generate(
         seed: of the sampling; torch's own generator by default.
         streamer: with ``put(int64 [B])`` per step and ``end()``, as transformers' streamers; a few steps behind.
         compiled: one compiled step, on CUDA one graph; by default on CUDA. False runs the model's own forward.
+        prompt_lookup_tokens: speculate: draft up to this many tokens from earlier in the text and check them in one
+            forward, for one row. The output is the same. Not compiled.
         inductor_options: ``options`` of ``torch.compile`` for the step, as ``{"coordinate_descent_tuning": True}``; a
             longer compilation for a faster step. They may change how sums are rounded.
         progress: show a progress bar of the prefill, and how long the step has been compiling.
@@ -86,9 +90,11 @@ def generate(
             f"max_new_tokens: expected room for {n_given + max_new_tokens} tokens, got a cache with "
             f"max_len={cache.max_len}; make it longer or ask for fewer tokens"
         )
-    compiled = input_ids.is_cuda if compiled is None else compiled
-    if compiled and (why := why_not_compiled(cache, input_ids.device)):
+    drafted = prompt_lookup_tokens
+    compiled = input_ids.is_cuda and not drafted if compiled is None else compiled
+    if compiled and (why := "prompt lookup is not compiled" if drafted else why_not_compiled(cache, input_ids.device)):
         raise ValueError(f"compiled: {why}; pass compiled=False")
+    _check_drafts(drafted, cache)
     check_options(inductor_options)
     if stop_token_ids is None:
         stop_token_ids = end_of_sequence_ids(model)
@@ -100,7 +106,11 @@ def generate(
     )  # fmt: skip
     with torch.no_grad(), enabled(model):
         loop.next(read_prompt(model, cache, input_ids, attention_mask, progress=progress))
-        steps = loop.compiled_steps(max_new_tokens - 1) if compiled else loop.eager_steps(max_new_tokens - 1)
+        n = max_new_tokens - 1
+        steps = (
+            loop.compiled_steps(n) if compiled else lookup_steps(loop, input_ids, n, drafted) if drafted
+            else loop.eager_steps(n)
+        )  # fmt: skip
         new = _collect(loop, steps, streamer).to(input_ids.device)
     cache.crop(n_given + new.shape[1] - 1)
     return torch.cat([input_ids, new], dim=1)
@@ -299,6 +309,17 @@ def check_options(options: Mapping[str, Any] | None) -> None:
         torch.compile(lambda: None, options=dict(options or {}))
     except RuntimeError as error:
         raise ValueError(f"inductor_options: expected options of torch.compile, got {options}: {error}") from error
+
+
+def _check_drafts(n: int, cache: TLSCache) -> None:
+    most = cache.cfg.sparse_query_tokens - 1
+    if not 0 <= n <= most:
+        raise ValueError(
+            f"prompt_lookup_tokens: expected 0 to {most}, so that drafts and their token are a step of at most "
+            f"sparse_query_tokens={most + 1}, got {n}; a longer chunk attends densely"
+        )
+    if n and cache.batch_size != 1:
+        raise ValueError(f"prompt_lookup_tokens: expected a cache of one row, got batch_size={cache.batch_size}")
 
 
 def _to_host(report: Tensor) -> tuple[Tensor, Any]:
