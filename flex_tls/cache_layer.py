@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .attention import Backend, attend
 from .config import TLSConfig
-from .dense import causal_attention, dense_attention
+from .dense import causal_attention, chunk_attention, dense_attention
 from .index import KVIndex
 from .model_config import ModelShape
 from .mods import MaskMod
@@ -250,6 +250,8 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         if index is None or not index.fitted_tokens or self.why_dense(step.n_new, step.longest) is not None:
             if recorder is not None:
                 recorder.add_dense(n_read, 2 * keys.shape[1] * keys.shape[3] * keys.element_size())
+            if not decoding and self.window is None:
+                return chunk_attention(q, keys, values, step.lens_after, scale=scale)
             keys, values = keys[:, :, : step.longest], values[:, :, : step.longest]
             same = len(set(step.lens_after)) == 1
             return dense_attention(q, keys, values, step.seq_lens, scale=scale, window=self.window, same_length=same)

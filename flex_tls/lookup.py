@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def lookup_steps(loop: Loop, ids: Tensor, n: int, draft_tokens: int) -> Generato
     """
     from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-    drafts = PromptLookupCandidateGenerator(num_output_tokens=draft_tokens, max_length=ids.shape[1] + 1 + n)
+    drafts: Any = PromptLookupCandidateGenerator(num_output_tokens=draft_tokens, max_length=ids.shape[1] + 1 + n)
     text = torch.cat([ids, loop.token], 1)
     last = text.shape[1] + n
     while text.shape[1] < last:

@@ -14,16 +14,18 @@ CHUNK_TOKENS = 4096
 
 
 def read_prompt(
-    model: Any, cache: TLSCache, ids: Tensor, mask: Tensor | None = None, *, progress: bool = False
-) -> Tensor:
+    model: Any, cache: TLSCache, ids: Tensor, mask: Tensor | None = None, *, chunk_tokens: int = CHUNK_TOKENS,
+    progress: bool = False,
+) -> Tensor:  # fmt: skip
     """Feed what ``cache`` does not hold yet of ids int64 [B, S]; returns logits [B, V] of the tokens after.
 
-    ``mask`` [B, S]: zeros where there is padding, on the left; None without padding.
+    ``mask`` [B, S]: zeros where there is padding, on the left; None without padding. ``chunk_tokens`` bounds the
+    memory that a forward takes beside the cache.
     """
     first, n = cache.get_seq_length(), ids.shape[1]
     # Rows without a token in a chunk would spoil it: padding and the first tokens go together
     pad = 0 if mask is None else int((mask == 0).sum(1).max())
-    ends = [*range(max(first, pad) + CHUNK_TOKENS, n, CHUNK_TOKENS), n]
+    ends = [*range(max(first, pad) + chunk_tokens, n, chunk_tokens), n]
     with bar("reading the prompt", n - first, "tok", progress) as shown:
         for end in ends:
             logits: Tensor = model(

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flex_tls as tls
+from flex_tls.integrations.huggingface import enabled
+from flex_tls.prefill import read_prompt
 from flex_tls.static import append_tokens, attend_all
 from tests.cases import make as make_case
 from tests.integrations.models import FAMILIES, SPARSE, make, prompts, tokenizer
@@ -41,6 +43,19 @@ def test_greedy_is_what_transformers_generates(family: str, lens: tuple[int, ...
     )  # fmt: skip
     assert torch.equal(got, want)
     assert (ours.seq_lens, ours.get_seq_length()) == (theirs.seq_lens, theirs.get_seq_length())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral, window"])
+@pytest.mark.parametrize("lens", [(90, 90), (90, 41, 7)])
+def test_a_prompt_read_in_chunks_is_the_prompt(family: str, lens: tuple[int, ...]) -> None:
+    model, inputs = make(family), prompts(*lens)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    whole, chunked = cache_for(model, len(lens)), cache_for(model, len(lens))
+    with torch.no_grad(), enabled(model):
+        want = read_prompt(model, whole, ids, mask)
+        got = read_prompt(model, chunked, ids, mask, chunk_tokens=23)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert chunked.seq_lens == whole.seq_lens == list(lens)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
