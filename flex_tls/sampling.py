@@ -56,7 +56,7 @@ class Sampling:
             # Summed from the least likely on, as transformers does: the same token is on the edge
             worst, order = logits.sort()
             beyond = worst.softmax(-1).cumsum(-1) <= 1 - self.top_p
-            beyond[:, -1] = False
+            beyond[:, -1:].zero_()
             logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
         if self.min_p is not None:
             share = logits.softmax(-1)
