@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._code import with_own_code
 from .cache import TLSCache
 from .cache_layer import TLSLayer
 from .capture import captured
@@ -274,7 +275,9 @@ class DecodeStep:
             logits: Tensor = out.logits[:, -1]
             return logits
 
-        self.forward = torch.compile(forward, fullgraph=True, dynamic=False, options=dict(options or {}))
+        self.forward = torch.compile(
+            with_own_code(forward), fullgraph=True, dynamic=False, options=dict(options or {})
+        )  # fmt: skip
         self.has_run = False
 
     @classmethod

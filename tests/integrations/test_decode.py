@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from flex_tls.integrations.huggingface import enabled
 from flex_tls.prefill import read_prompt
 from flex_tls.static import append_tokens, attend_all
 from tests.cases import make as make_case
-from tests.integrations.models import FAMILIES, SPARSE, make, prompts, tokenizer
+from tests.integrations.models import FAMILIES, FULL, SPARSE, make, prompts, tokenizer
 
 NO_WINDOW = [family for family in FAMILIES if "window" not in family]
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
@@ -103,6 +105,24 @@ def test_a_later_turn_and_another_prompt_compile_nothing(device: str, capfd: pyt
     cache.reset()
     run(75)
     assert counters["stats"]["unique_graphs"] == before
+
+
+def test_ten_caches_in_one_process_compile_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo gives up on a code object after eight compilations: each step needs its own."""
+    compile_ = torch.compile
+
+    def traced(function: Any, options: Any = None, **kwargs: Any) -> Any:
+        return compile_(function, backend="eager", **kwargs)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    model, ids = make("llama"), prompts(9)["input_ids"]
+    for i in range(10):
+        cache = cache_for(model, 1, max_len=16 + 16 * i, cfg=FULL)
+        tls.generate(model, ids, cache=cache, max_new_tokens=2, compiled=True)
+        buffer = weakref.ref(cache.tls_layers[0].keys)
+        del cache
+        gc.collect()
+        assert buffer() is None
 
 
 def test_rows_end_at_their_stop_token() -> None:
