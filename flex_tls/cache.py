@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,8 @@ from .attention import Backend, check_backend, resolve_backend
 from .cache_layer import Shared, TLSLayer, new_index
 from .config import TLSConfig
 from .fused import why_not_here
-from .model_config import read_model_config
+from .memory import free_bytes, longest_that_fits
+from .model_config import ModelShape, read_model_config
 from .progress import Progress
 from .record import Recorder
 
@@ -37,8 +39,9 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
 
     Raises:
         ValueError: a model that is not supported, a length or batch size below 1.
-        MemoryError: the buffers do not fit; says how many bytes they need. Buffers are allocated here if ``dtype`` and
-            ``device`` are given, else by the first forward.
+        MemoryError: the buffers do not fit; says how many bytes they need, how many are free, and the longest length
+            that fits. Nothing has been allocated then. Buffers are allocated here if ``dtype`` and ``device`` are
+            given, else by the first forward.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         self._dtype = dtype
         self._device = None if device is None else torch.device(device)
         # Steps that flex_tls.decode compiled, each of which holds its model; they live as long as the buffers they read
-        self.compiled_steps: dict[tuple[Any, int, bool], Any] = {}
+        self.compiled_steps: dict[tuple[Any, ...], Any] = {}
         super().__init__(layers=[TLSLayer(self._shared, i) for i in range(shape.n_layers)])
         if dtype is not None and self._device is not None:
             self._allocate(dtype, self._device)
@@ -136,6 +139,8 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         """Drop the last ``-tokens_to_remove`` columns; a positive number keeps that many, as in older transformers."""
         self._settle()
         progress = self._shared.progress
+        # Assisted generation counts in tensors
+        tokens_to_remove = int(tokens_to_remove)
         length = tokens_to_remove if tokens_to_remove > 0 else max(progress.length + tokens_to_remove, 0)
         if length >= progress.length:
             return
@@ -185,6 +190,26 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         return cast(list[TLSLayer], self.layers)
 
     @property
+    def shape(self) -> ModelShape:
+        """The model that the cache was made for."""
+        return self._shared.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values, allocated or to be."""
+        return self._dtype or self.shape.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of the buffers; None if nobody has said it yet."""
+        return self._device
+
+    @property
+    def backend(self) -> Backend:
+        """Of :func:`flex_tls.two_level_attention`, as it was asked for."""
+        return self._shared.backend
+
+    @property
     def max_len(self) -> int:
         """Columns that fit."""
         return self._shared.max_len
@@ -202,27 +227,40 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     @property
     def kv_nbytes(self) -> int:
         """Bytes of all keys and values, allocated or to be."""
-        shape, dtype = self._shared.shape, self._layout()[0]
-        tokens = self.batch_size * self._shared.capacity_tokens
-        return 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * tokens * dtype.itemsize
+        return self._bytes(self.max_len)[0]
 
     @property
     def index_nbytes(self) -> int:
         """Bytes of all indexes, allocated or to be."""
-        n_indexed = max(self._shared.shape.n_layers - self._shared.cfg.dense_layers, 0)
-        return n_indexed * new_index(self._shared, self._layout()[0], torch.device("meta")).nbytes
+        return self._bytes(self.max_len)[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything, allocated or to be."""
-        return self.kv_nbytes + self.index_nbytes
+        return sum(self._bytes(self.max_len))
 
-    def _layout(self) -> tuple[torch.dtype, torch.device]:
-        return self._dtype or self._shared.shape.dtype, self._device or torch.device("cpu")
+    def _bytes(self, max_len: int, dtype: torch.dtype | None = None) -> tuple[int, int]:
+        """Bytes of keys and values, and of the indexes, of a cache like this one for ``max_len`` tokens."""
+        shared, shape = replace(self._shared, max_len=max_len), self._shared.shape
+        dtype = dtype or self.dtype
+        tokens = self.batch_size * shared.capacity_tokens
+        kv = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * tokens * dtype.itemsize
+        n_indexed = max(shape.n_layers - shared.cfg.dense_layers, 0)
+        return kv, n_indexed * new_index(shared, dtype, torch.device("meta")).nbytes
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         resolve_backend(self._shared.backend, device, why_not_here(device))
-        self._dtype, self._device = dtype, device
+        kv, index = self._bytes(self.max_len, dtype)
+        needed = (
+            f"TLSCache: {kv + index:,} bytes needed on {device} ({kv:,} for keys and values, {index:,} for the index)"
+        )
+        room = free_bytes(device)
+        if room is not None and kv + index > room:
+            fits = longest_that_fits(lambda n: sum(self._bytes(n, dtype)), room, self.max_len)
+            way = f"max_len={fits} is the longest that fits" if fits else "no length fits"
+            raise MemoryError(
+                f"{needed}, {room:,} are free; {way} with batch_size={self.batch_size}, got max_len={self.max_len}"
+            )
         try:
             # Also under a caller's inference mode, whose tensors could not be written to outside of it
             with torch.inference_mode(False):
@@ -235,10 +273,10 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
             if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise
             raise MemoryError(
-                f"TLSCache: {self.nbytes:,} bytes needed on {device} ({self.kv_nbytes:,} for keys and values, "
-                f"{self.index_nbytes:,} for the index), which could not be allocated; lower max_len "
-                f"({self._shared.max_len}) or batch_size ({self.batch_size})"
+                f"{needed}, which could not be allocated; lower max_len ({self.max_len}) or batch_size "
+                f"({self.batch_size})"
             ) from error
+        self._dtype, self._device = dtype, device
 
     def _settle(self) -> None:
         """Undo a forward that did not reach the last layer."""
