@@ -13,10 +13,8 @@ from .rows import Machine, StageRow
 # In order: the first pattern that a kernel's name holds. Inductor's names list what was fused
 STAGES = (
     ("append", r"^append"),
-    ("queries", r"^ask"),
-    ("filtering blocks", r"^filter_blocks|^score"),
-    ("choosing tokens", r"^select_tokens|^two_level|^keep_best|^choose"),
-    ("attention", r"^attend|fmha|flash|sdpa"),
+    ("two-level attention", r"^two_level"),
+    ("full attention", r"^attend|fmha|flash|sdpa"),
     (
         "matrix products",
         r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitk|dot_kernel|reduce_1Block|triton_tem|_mm(_|$)|addmm",

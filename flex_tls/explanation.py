@@ -16,9 +16,8 @@ from .decode import why_not_compiled
 from .fused import why_not_fused
 from .model_config import ModelShape, read_model_config
 
-# Files of flex_tls.kernels: the fused operator's, in the order in which they launch, and what the compiled step adds
-FUSED = ("ask", "filter_blocks", "select_tokens", "attend")
-APPEND, ATTEND_ALL = "append", "attend"
+# Files of flex_tls.kernels
+APPEND, FUSED, ATTEND_ALL = "append", "two_level", "attend"
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def _plan(layer: TLSLayer, cache: TLSCache, context: int, device: torch.device, 
         else:
             if runs != "triton" and obstacle is not None and cache.backend == "auto":
                 why += f"; not triton: {obstacle}"
-    kernels = () if not compiled else (APPEND, *FUSED) if sparse else (APPEND, ATTEND_ALL)
+    kernels = () if not compiled else (APPEND, FUSED) if sparse else (APPEND, ATTEND_ALL)
     return LayerPlan((layer.layer_idx,), sparse, why, cfg.dense_up_to_tokens if sparse else reach, runs, kernels)
 
 
