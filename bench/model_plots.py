@@ -27,10 +27,8 @@ OTHER = "#8d99ae"
 STAGE_COLOURS = {
     "matrix products": "#8d99ae",
     "append": "#b5a642",
-    "queries": "#f4d58d",
-    "filtering blocks": "#edae49",
-    "choosing tokens": "#e4572e",
-    "attention": "#9b1d3a",
+    "two-level attention": "#e4572e",
+    "full attention": "#9b1d3a",
     "norms, rotary, activations": "#4f9ac4",
     "sampling, copies": "#2e7d4f",
 }

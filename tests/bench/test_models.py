@@ -121,7 +121,8 @@ def test_a_step_reads_all_weights_but_the_embeddings() -> None:
     ("name", "stage"),
     [
         ("append", "append"),
-        ("attend", "attention"),
+        ("attend", "full attention"),
+        ("two_level", "two-level attention"),
         ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "matrix products"),
         ("triton_red_fused_mm_7", "matrix products"),
         ("triton_red_fused__to_copy_mm_mul_3", "matrix products"),
