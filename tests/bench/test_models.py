@@ -139,9 +139,9 @@ def test_a_profile_becomes_stages_and_one_layer() -> None:
     names = ["nvjet", "append", "attend"]
     kernels = [Kernel(names[i % 3], 10.0 * i, 4.0) for i in range(3 * 4 * 2)]
     row = stage_row(kernels, 2, "m", 1, 4, 100, "two_level", MACHINE)
-    assert row.stage_us == {"matrix products": 16.0, "append": 16.0, "attention": 16.0}
+    assert row.stage_us == {"matrix products": 16.0, "append": 16.0, "full attention": 16.0}
     assert row.stage_kernels["append"] == 4.0
-    assert row.layer == [["append", 0.0, 4.0], ["attention", 10.0, 4.0], ["matrix products", 20.0, 4.0]]
+    assert row.layer == [["append", 0.0, 4.0], ["full attention", 10.0, 4.0], ["matrix products", 20.0, 4.0]]
     assert one_layer(kernels[:-2], 2, 4) == []
 
 
