@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import padded
+from .follow import follow, precede
+from .tiles import NATIVE, padded
 
 
 @triton.jit
@@ -15,9 +16,11 @@ def append(
     k_new_stride_b, k_new_stride_h, k_new_stride_t, v_new_stride_b, v_new_stride_h, v_new_stride_t,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, n_heads, T, S,
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
-    LABELS: tl.constexpr,
+    LABELS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program ``row`` writes one token of one KV head."""
+    precede(NATIVE)
+    follow(NATIVE)
     row = tl.program_id(0).to(tl.int64)
     head, t = row // T, row % T
     b, h = head // n_heads, head % n_heads
@@ -59,5 +62,5 @@ def launch_append(
         k_new, v_new, start, keys, values, some, start if to_code is None else to_code,
         start if offset is None else offset, *k_new.stride()[:3], *v_new.stride()[:3], *keys.stride()[:3],
         *values.stride()[:3], hkv, t, s, D=d, DP=padded(d), C=c, CHANNELS=padded(w) * 32 // bits, W=w, BITS=bits,
-        LABELS=labels, num_warps=4,
+        LABELS=labels, NATIVE=NATIVE, num_warps=4, launch_pdl=NATIVE,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .follow import follow
+from .follow import follow, precede
 from .rows import locate
 from .tiles import NATIVE, Tiles, padded
 
@@ -147,6 +147,7 @@ def attend(
     PP: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, row) attends to entries ``i * per_program`` and on of the row's list; the last program merges."""
+    precede(NATIVE)
     follow(NATIVE)
     row, head, position = locate(seq_lens, n_heads, T)
     if MODE == "all":

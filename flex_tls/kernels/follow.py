@@ -9,14 +9,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def precede(NATIVE: tl.constexpr):
-    """Let the next kernel be launched now; it waits by itself."""
+    """Let the next kernel be set up now; it waits by itself."""
     if NATIVE:
         gdc_launch_dependents()
 
 
 @triton.jit
 def follow(NATIVE: tl.constexpr):
-    """First thing in a kernel: wait until all before is done and visible, and let the next one be launched."""
+    """Wait until all before is done and visible: before anything is written, and before what may be new is read."""
     if NATIVE:
         gdc_wait()
-        gdc_launch_dependents()

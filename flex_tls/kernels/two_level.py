@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .ask import ask, load_projection
 from .attend import attend_range, finish, load_query
-from .follow import follow
+from .follow import follow, precede
 from .keep_best import find_edge, load_words, write_list
 from .rows import leave, locate, meet, share
 from .score import prefetch_labels, rank_blocks, rank_tokens, score_blocks
@@ -51,6 +51,12 @@ def two_level(
     PP: tl.constexpr, PREFETCH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Phases FIRST to LAST of program (i, row)."""
+    precede(NATIVE)
+    if PREFETCH:
+        # A hint, and so it may come before the wait, whatever it finds
+        _, head, position = locate(seq_lens, n_heads, T)
+        first, end = share(tl.minimum(tl.maximum(position // BLOCK_SIZE + 1, 0), N), PROGRAMS)
+        prefetch_labels(codes + head * W * N * BLOCK_SIZE, first, end, N, READ, BLOCK_SIZE, 256)
     follow(NATIVE)
     row, head, position = locate(seq_lens, n_heads, T)
     codes += head * W * N * BLOCK_SIZE
@@ -71,9 +77,6 @@ def two_level(
             q, to_query, low, step, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T, D, DP, C, GROUP, ROWS,
             CHANNELS,
         )  # fmt: skip
-        if PREFETCH:
-            # Behind the loads that are waited for next
-            prefetch_labels(codes, first, end, N, READ, BLOCK_SIZE, 256)
         ask(query, projection, lows, steps, asked, base, unit, row, filter_dims, W, BITS, GROUP, ROWS, CHANNELS)
         tl.debug_barrier()
     asked += row * GROUP * (8 // BITS) * W
@@ -222,7 +225,7 @@ def launch_two_level(
             TOKEN_CHUNKS=token_chunks, MP=padded(max(1, -(-chosen // programs))), TILE=tiles.attend_tile,
             ATTEND_STAGES=tiles.attend_stages, BY_BLOCK=by_block, PAGED=pages is not None, BLOCK_REDUCE=block_reduce,
             REDUCE=group_reduce, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", PROGRAMS=programs,
-            PP=padded(programs), PREFETCH=NATIVE and programs > 1, FIRST=first, LAST=last, NATIVE=NATIVE,
+            PP=padded(programs), PREFETCH=NATIVE and programs > 1 and first == 0, FIRST=first, LAST=last, NATIVE=NATIVE,
             num_warps=tiles.warps, launch_pdl=NATIVE, launch_cooperative_grid=NATIVE and programs > 1,
         )  # fmt: skip
     return out, lse, work
