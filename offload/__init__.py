@@ -1,5 +1,11 @@
-"""The place of the KV offload engine: host store, device pool of block slots, residency and transfers.
+"""The KV offload engine: every key and value in host memory, a pool of block slots on the device, and what moves them.
 
-The engine is not part of this version. Nothing is exported: caches keep every key and value on the model's device.
-What lands here knows blocks and slots, never models.
+Knows rows, KV heads, blocks and slots, never models.
 """
+
+from .config import OffloadConfig
+from .engine import LayerOffload, LayerStats, make_transfers
+from .pool import DevicePool
+from .store import HostStore
+
+__all__ = ["DevicePool", "HostStore", "LayerOffload", "LayerStats", "OffloadConfig", "make_transfers"]

@@ -1,0 +1,196 @@
+"""The engine of one layer: host store, pool, plan and transfers, kept in step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import OffloadConfig
+from .pool import DevicePool
+from .residency import attended_blocks, open_blocks, plan_step
+from .store import HostStore
+from .transfers import QueuedTransfers, Transfers
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What one layer's engine did since it was made or cleared; rows and KV heads together.
+
+    Attributes:
+        steps: decode steps.
+        hit_rate: share of the selected blocks that were on the device when their step began.
+        missing_mass: share of the selected blocks' estimated attention mass that was not, mean over steps.
+        waits: share of steps that waited for missing blocks, mean over rows and KV heads.
+        bytes_in, bytes_out: host to device and back.
+        pool_slots, used_slots: of all rows and KV heads.
+        pool_bytes, host_bytes: of slots and tables, and of the host store.
+    """
+
+    steps: int
+    hit_rate: float
+    missing_mass: float
+    waits: float
+    bytes_in: int
+    bytes_out: int
+    pool_slots: int
+    used_slots: int
+    pool_bytes: int
+    host_bytes: int
+
+
+class LayerOffload:
+    """Keys and values of one layer: all of them in the store, some blocks also in the pool.
+
+    Two states. *Closed* (at first, and after anything that moved tokens other than by steps): the pool may lack the
+    block that the next token goes to. :meth:`open` makes it *open*: the next ``n_ahead`` tokens have slots, and every
+    :meth:`step` keeps it so. A slot is never dirty: what is appended to the pool goes to the store in the same step.
+
+    Order, for each step: :meth:`append`, :meth:`join`, :meth:`step`, attention over the pool. The join may come earlier;
+    in a captured step it comes once, after the last layer, for all of them.
+
+    Args:
+        store: host rows.
+        pool: as many rows and heads; on the device of the model.
+        config: policy.
+        n_ahead: most tokens that one step appends.
+        transfers: how blocks travel.
+    """
+
+    def __init__(
+        self, store: HostStore, pool: DevicePool, config: OffloadConfig, n_ahead: int, transfers: Transfers
+    ) -> None:
+        self.store, self.pool, self.config = store, pool, config
+        self.n_ahead, self.transfers = n_ahead, transfers
+        self.is_open = False
+        self._chunk_bytes_out = 0
+
+    @property
+    def queries_at_once(self) -> int:
+        """Selections of K blocks that one step can serve are ``queries_at_once // K``."""
+        return self.pool.n_slots - open_blocks(self.n_ahead, self.n_ahead, self.pool.block_size)
+
+    def write(self, k: Tensor, v: Tensor, starts: Sequence[int], counts: Sequence[int]) -> None:
+        """Put a prompt's chunk straight into the store: ``counts[b]`` tokens of k, v [B, HKV, T, D] at ``starts[b]``.
+
+        Blocks that it touches leave the pool; the engine is closed.
+        """
+        self.transfers.join()
+        self._drop_from([start // self.pool.block_size for start in starts])
+        self.store.write(k, v, starts, counts)
+        self._chunk_bytes_out += sum(counts) * (self.store.block_bytes // self.pool.block_size) * k.shape[1]
+
+    def open(self, seq_lens: Tensor) -> None:
+        """Give the next tokens of rows of ``seq_lens`` int64 [B] their slots, and wait for what their blocks hold."""
+        self.transfers.join()
+        none = torch.empty(*self.pool.slots.shape[:2], 0, dtype=torch.int32, device=seq_lens.device)
+        plan_step(self.pool, none, None, seq_lens, n_written=0, n_ahead=self.n_ahead, waits_above=-1.0)
+        self.transfers.start(self.store, self.pool, 0, may_wait=True)
+        self.is_open = True
+
+    def append(self, k: Tensor, v: Tensor, start: Tensor) -> None:
+        """Write k and v [B, HKV, T, D], at most ``n_ahead`` tokens, into the pool at ``start`` int64 [B]."""
+        t = k.shape[2]
+        if not self.is_open or t > self.n_ahead:
+            raise RuntimeError(f"append: expected an open engine and at most {self.n_ahead} tokens, got {t}")
+        place = self.pool.places(start[:, None] + torch.arange(t, device=k.device))[..., None].expand_as(k)
+        self.pool.keys.scatter_(2, place, k)
+        self.pool.values.scatter_(2, place, v)
+
+    def step(
+        self, ids: Tensor, scores: Tensor | None, seq_lens: Tensor, positions: Tensor, *, n_written: int,
+        wait: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Bring what the step selected, by the policy, and say what to attend to.
+
+        Args:
+            ids: int32 [B, HKV, T, K], selected blocks of each query token, ascending, N past the last.
+            scores: float32 [B, HKV, R, N] for the estimated mass; see :func:`.residency.plan_step`.
+            seq_lens: int64 [B], the step's own tokens included.
+            positions: int64 [B, T] of the query tokens.
+            n_written: tokens that :meth:`append` wrote since the last step.
+            wait: for everything, whatever the policy.
+
+        Returns:
+            Blocks to attend to, int32 [B, HKV, T, A], ascending, N past the counts; counts int32 [B, HKV, T].
+        """
+        bound = -1.0 if wait else self.config.waits_above
+        plan_step(
+            self.pool, _union(ids, self.pool.n_blocks), scores, seq_lens, n_written=n_written, n_ahead=self.n_ahead,
+            waits_above=bound,
+        )  # fmt: skip
+        self.transfers.start(self.store, self.pool, n_written, may_wait=bound != float("inf"))
+        return attended_blocks(
+            self.pool, ids, positions, resident_too=self.config.attend_resident and not wait
+        )
+
+    def join(self) -> None:
+        """What follows comes after every transfer so far."""
+        self.transfers.join()
+
+    def cut(self, lens: Sequence[int]) -> None:
+        """Forget tokens from ``lens[b]`` on: blocks behind them leave the pool; the engine is closed."""
+        self.transfers.join()
+        self._drop_from([-(-n // self.pool.block_size) for n in lens])
+
+    def take_rows(self, rows: Tensor, n_tokens: int) -> None:
+        """Row i becomes the former row ``rows[i]``, whose first ``n_tokens`` tokens count; the batch keeps its size."""
+        self.transfers.join()
+        self.store.take_rows(rows.cpu(), -(-n_tokens // self.pool.block_size))
+        self.pool.take_rows(rows.to(self.pool.slots.device))
+
+    def reset(self) -> None:
+        """Forget every token and count; the buffers stay."""
+        self.transfers.join()
+        self.pool.reset()
+        self.is_open, self._chunk_bytes_out = False, 0
+
+    def check_integrity(self) -> None:
+        """See :meth:`.pool.DevicePool.check_integrity`."""
+        self.pool.check_integrity()
+
+    def stats(self) -> LayerStats:
+        """Read the counters. Synchronises with the device."""
+        pool = self.pool
+        counts = pool.counters.cpu()
+        steps, selected, missing, fetched, waits, written = (int(x) for x in counts.sum((0, 1)))
+        token_bytes = self.store.block_bytes // pool.block_size
+        return LayerStats(
+            steps=int(counts[..., 0].max()),
+            hit_rate=1.0 - missing / selected if selected else float("nan"),
+            missing_mass=float(pool.missing_mass.sum()) / steps if steps else float("nan"),
+            waits=waits / steps if steps else float("nan"),
+            bytes_in=fetched * self.store.block_bytes,
+            bytes_out=written * token_bytes + self._chunk_bytes_out,
+            pool_slots=pool.block_of_slot.numel(),
+            used_slots=int((pool.block_of_slot >= 0).sum()),
+            pool_bytes=pool.nbytes,
+            host_bytes=self.store.nbytes,
+        )
+
+    def _drop_from(self, first_block: list[int]) -> None:
+        self.pool.drop_from(torch.tensor(first_block, device=self.pool.slots.device))
+        self.is_open = False
+
+
+def make_transfers(device: torch.device, config: OffloadConfig) -> Transfers:
+    """How blocks travel to and from ``device``."""
+    if device.type == "cpu":
+        return QueuedTransfers()
+    if config.transfer == "copy":
+        from .transfers import CopyTransfers
+
+        return CopyTransfers(device)
+    raise NotImplementedError
+
+
+def _union(ids: Tensor, n_blocks: int) -> Tensor:
+    """[B, HKV, T, K] -> each block once, ascending: [B, HKV, min(N, T * K)]."""
+    b, h, t, k = ids.shape
+    if t == 1:
+        return ids[:, :, 0]
+    kept = torch.zeros(b, h, n_blocks + 1, dtype=torch.bool, device=ids.device).scatter(2, ids.flatten(2).long(), True)
+    number = torch.arange(n_blocks, dtype=torch.int32, device=ids.device)
+    return torch.where(kept[..., :-1], number, n_blocks).sort(-1).values[..., : min(n_blocks, t * k)]

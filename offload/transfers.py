@@ -1,0 +1,128 @@
+"""What moves blocks between host store and pool: at once where a step waits, beside the step where it does not.
+
+Every way has the same three methods. Between :meth:`start` and :meth:`join` the slots of ``pool.fetch_slot`` and the
+host's rows of the step's own tokens belong to the transfers; nobody else may read or write them, nor the pool's lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .pool import DevicePool
+from .store import HostStore
+
+
+class Transfers(Protocol):
+    """Carries out what :func:`flex_tls.offload.residency.plan_step` has listed."""
+
+    def start(self, store: HostStore, pool: DevicePool, n_written: int, may_wait: bool) -> None:
+        """Fetch now where ``pool.waits``; queue the other fetches, and the last ``n_written`` tokens' way to the host.
+
+        ``may_wait`` says whether any row and head can wait at all: if not, nothing is launched to find out.
+        """
+
+    def join(self) -> None:
+        """What follows comes after all transfers that were started."""
+
+
+class QueuedTransfers:
+    """For pools on the CPU: what a stream would do beside the step is queued, and done at the join.
+
+    A scheduler that is deterministic, and that a test can drive: :meth:`run` does part of the queue at any moment.
+    """
+
+    def __init__(self) -> None:
+        self.queue: list[Callable[[], None]] = []
+
+    def start(self, store: HostStore, pool: DevicePool, n_written: int, may_wait: bool) -> None:
+        if self.queue:
+            raise RuntimeError("transfers: expected a join before the next start, got an earlier step's transfers")
+        waits = pool.waits.bool()
+        if may_wait:
+            fetch(store, pool, waits)
+        if n_written:
+            self.queue.append(lambda: write_through(store, pool, n_written))
+        for head in range(pool.waits.shape[1]):
+            one = torch.zeros_like(waits)
+            one[:, head] = True
+            self.queue.append(lambda one=one: fetch(store, pool, one & ~waits))  # type: ignore[misc]
+
+    def run(self, n: int) -> None:
+        """Do the first ``n`` transfers of the queue."""
+        for transfer in self.queue[:n]:
+            transfer()
+        del self.queue[:n]
+
+    def join(self) -> None:
+        self.run(len(self.queue))
+
+
+class CopyTransfers:
+    """A copy a block, on a side stream, from a list that is read on the host: each step waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.side = side_stream(device)
+
+    def start(self, store: HostStore, pool: DevicePool, n_written: int, may_wait: bool) -> None:
+        now = pool.waits.bool()
+        if may_wait:
+            _copy_blocks(store, pool, now)
+        self.side.wait_stream(torch.cuda.current_stream(pool.slots.device))
+        with torch.cuda.stream(self.side):
+            _copy_blocks(store, pool, ~now)
+            if n_written:
+                _copy_tokens(store, pool, n_written)
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self.side.device).wait_stream(self.side)
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device on which all transfers of all caches run, in the order of their starts."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call,unused-ignore]
+
+
+def fetch(store: HostStore, pool: DevicePool, rows: Tensor) -> None:
+    """Copy the listed blocks of the rows and heads ``rows`` bool [B, HKV] into their slots; store and pool on a CPU."""
+    entry = torch.arange(pool.n_slots) < pool.fetch_count[..., None]
+    row, head, i = (entry & rows[..., None]).nonzero(as_tuple=True)
+    block, slot = (x[row, head, i].long() for x in (pool.fetch_block, pool.fetch_slot))
+    pool.slots[row, head, slot] = store.rows[row, head, block]
+
+
+def write_through(store: HostStore, pool: DevicePool, n_written: int) -> None:
+    """Copy each row's last ``n_written`` tokens from the pool to the store, both on a CPU."""
+    position = written_positions(pool, n_written)
+    place = pool.places(position)
+    row, head = (torch.arange(x)[:, None] for x in place.shape[:2])
+    row = row[:, None]
+    tokens = pool.slots.flatten(2, 3)[row, head, place]
+    store.tokens[row, head, position[:, None].expand_as(place)] = tokens
+
+
+def written_positions(pool: DevicePool, n_written: int) -> Tensor:
+    """Positions int64 [B, T] of the tokens that the planned step appended."""
+    return pool.lens[:, 0, None].long() - n_written + torch.arange(n_written, device=pool.lens.device)
+
+
+def _copy_blocks(store: HostStore, pool: DevicePool, rows: Tensor) -> None:
+    entry = torch.arange(pool.n_slots, device=rows.device) < pool.fetch_count[..., None]
+    row, head, i = (entry & rows[..., None]).nonzero(as_tuple=True)
+    listed = torch.stack((row, head, pool.fetch_block[row, head, i].long(), pool.fetch_slot[row, head, i].long()), 1)
+    for b, h, block, slot in listed.tolist():
+        pool.slots[b, h, slot].copy_(store.rows[b, h, block], non_blocking=True)
+
+
+def _copy_tokens(store: HostStore, pool: DevicePool, n_written: int) -> None:
+    position = written_positions(pool, n_written)
+    for b, (positions, places) in enumerate(zip(position.tolist(), pool.places(position).tolist(), strict=True)):
+        for h, place in enumerate(places):
+            for at, source in zip(positions, place, strict=True):
+                token = pool.slots[b, h].flatten(0, 1)[source]
+                store.tokens[b, h, at].copy_(token, non_blocking=True)
