@@ -13,6 +13,8 @@ from .cache_layer import Shared, TLSLayer, new_index
 from .config import TLSConfig
 from .fused import why_not_here
 from .model_config import read_model_config
+from .offload import LayerStats, OffloadConfig
+from .offloaded_layer import OffloadedLayer, allocate_offloaded, choose_offloaded, size_pools
 from .progress import Progress
 from .record import Recorder
 
@@ -31,14 +33,16 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         dtype: of keys and values; that of the first keys by default.
         device: where the buffers live; that of the first keys by default.
         backend: of :func:`flex_tls.two_level_attention`.
+        offload: hold keys and values in host memory and some blocks on the device. Layers that attend to everything in
+            every step (the first ``dense_layers``) or to a sliding window stay on the device.
 
     Attributes:
         recorder: set a :class:`flex_tls.record.Recorder` to collect what sparse steps keep and read.
 
     Raises:
-        ValueError: a model that is not supported, a length or batch size below 1.
-        MemoryError: the buffers do not fit; says how many bytes they need. Buffers are allocated here if ``dtype`` and
-            ``device`` are given, else by the first forward.
+        ValueError: a model that is not supported, a length or batch size below 1, a pool too small for a step.
+        MemoryError: the buffers do not fit device or host; says how many bytes they need. Buffers are allocated here if
+            ``dtype`` and ``device`` are given, else by the first forward.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         backend: Backend = "auto",
+        offload: OffloadConfig | None = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("max_len", max_len)):
             if value < 1:
@@ -62,7 +67,13 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         self._device = None if device is None else torch.device(device)
         # Steps that flex_tls.decode compiled, each of which holds its model; they live as long as the buffers they read
         self.compiled_steps: dict[tuple[Any, int, bool], Any] = {}
-        super().__init__(layers=[TLSLayer(self._shared, i) for i in range(shape.n_layers)])
+        self.offload = offload
+        away = [] if offload is None else choose_offloaded(self._shared)
+        super().__init__(
+            layers=[(OffloadedLayer if i in away else TLSLayer)(self._shared, i) for i in range(shape.n_layers)]
+        )
+        if offload is not None:
+            size_pools(self.offloaded_layers, offload, dtype or shape.dtype)
         if dtype is not None and self._device is not None:
             self._allocate(dtype, self._device)
 
@@ -185,6 +196,22 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         return cast(list[TLSLayer], self.layers)
 
     @property
+    def offloaded_layers(self) -> list[OffloadedLayer]:
+        """Those whose keys and values are in host memory."""
+        return [layer for layer in self.tls_layers if isinstance(layer, OffloadedLayer)]
+
+    def stats(self) -> dict[int, LayerStats]:
+        """What the offload engine of each offloaded layer did since the cache was made or reset. Synchronises."""
+        return {layer.layer_idx: layer.opened().stats() for layer in self.offloaded_layers if layer.is_initialized}
+
+    def close(self) -> None:
+        """Give all buffers back, page-locked host memory too; the cache is as new."""
+        self.reset()
+        for layer in self.tls_layers:
+            layer.release()
+        self.compiled_steps.clear()
+
+    @property
     def max_len(self) -> int:
         """Columns that fit."""
         return self._shared.max_len
@@ -226,12 +253,16 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         try:
             # Also under a caller's inference mode, whose tensors could not be written to outside of it
             with torch.inference_mode(False):
+                if self.offload is not None:
+                    allocate_offloaded(self.offloaded_layers, self.offload, dtype, device)
                 for layer in self.tls_layers:
-                    layer.allocate(dtype, device)
-        except RuntimeError as error:
+                    if not layer.is_initialized:
+                        layer.allocate(dtype, device)
+        except (RuntimeError, MemoryError) as error:
             for layer in self.tls_layers:
-                layer.keys = layer.values = layer.index = None
-                layer.is_initialized = False
+                layer.release()
+            if isinstance(error, MemoryError):
+                raise
             if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise
             raise MemoryError(

@@ -5,7 +5,23 @@ Knows rows, KV heads, blocks and slots, never models.
 
 from .config import OffloadConfig
 from .engine import LayerOffload, LayerStats, make_transfers
+from .memory import check_host_bytes, host_bytes_available
 from .pool import DevicePool
+from .residency import open_blocks
 from .store import HostStore
+from .stream import RowReader
+from .transfers import Transfers
 
-__all__ = ["DevicePool", "HostStore", "LayerOffload", "LayerStats", "OffloadConfig", "make_transfers"]
+__all__ = [
+    "DevicePool",
+    "HostStore",
+    "LayerOffload",
+    "LayerStats",
+    "OffloadConfig",
+    "RowReader",
+    "Transfers",
+    "check_host_bytes",
+    "host_bytes_available",
+    "make_transfers",
+    "open_blocks",
+]

@@ -49,7 +49,7 @@ class OffloadConfig:
         if len(given) > 1:
             raise ValueError(f"{given[1]}: expected one size for the pool, got {' and '.join(given)}; leave one out")
         blocks = self.gpu_blocks if isinstance(self.gpu_blocks, tuple) else (self.gpu_blocks,)
-        if isinstance(self.gpu_blocks, tuple) and None in blocks or blocks == ():
+        if (isinstance(self.gpu_blocks, tuple) and None in blocks) or blocks == ():
             raise ValueError(f"gpu_blocks: expected a number of blocks for each layer, got {self.gpu_blocks!r}")
         for name, value in (
             *(("gpu_blocks", n) for n in blocks), ("gpu_bytes", self.gpu_bytes),

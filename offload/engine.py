@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .config import OffloadConfig
-from .pool import DevicePool
+from .memory import check_host_bytes, host_bytes_available
+from .pool import COUNTERS, DevicePool
 from .residency import attended_blocks, open_blocks, plan_step
 from .store import HostStore
 from .transfers import QueuedTransfers, Transfers
@@ -46,10 +48,12 @@ class LayerOffload:
 
     Two states. *Closed* (at first, and after anything that moved tokens other than by steps): the pool may lack the
     block that the next token goes to. :meth:`open` makes it *open*: the next ``n_ahead`` tokens have slots, and every
-    :meth:`step` keeps it so. A slot is never dirty: what is appended to the pool goes to the store in the same step.
+    :meth:`step` keeps it so. It is *warm* once a step has waited for its selection: in a cold pool the async
+    policy would find next to nothing. A slot is never dirty: what is appended to the pool goes to the store in the
+    same step.
 
-    Order, for each step: :meth:`append`, :meth:`join`, :meth:`step`, attention over the pool. The join may come earlier;
-    in a captured step it comes once, after the last layer, for all of them.
+    Order, for each step: :meth:`join`, :meth:`append`, :meth:`step`, attention over the pool. In a captured step the
+    join comes once, after the last layer, for all of them.
 
     Args:
         store: host rows.
@@ -64,20 +68,21 @@ class LayerOffload:
     ) -> None:
         self.store, self.pool, self.config = store, pool, config
         self.n_ahead, self.transfers = n_ahead, transfers
-        self.is_open = False
+        self.is_open = self.is_warm = False
         self._chunk_bytes_out = 0
 
     @property
-    def queries_at_once(self) -> int:
-        """Selections of K blocks that one step can serve are ``queries_at_once // K``."""
-        return self.pool.n_slots - open_blocks(self.n_ahead, self.n_ahead, self.pool.block_size)
+    def selected_at_most(self) -> int:
+        """Selected blocks of one row and head that one step can serve."""
+        return self.pool.n_slots - open_blocks(self.n_ahead, self.pool.block_size)
 
     def write(self, k: Tensor, v: Tensor, starts: Sequence[int], counts: Sequence[int]) -> None:
         """Put a prompt's chunk straight into the store: ``counts[b]`` tokens of k, v [B, HKV, T, D] at ``starts[b]``.
 
-        Blocks that it touches leave the pool; the engine is closed.
+        Blocks that it touches leave the pool; the engine is closed and cold.
         """
         self.transfers.join()
+        self.is_warm = False
         self._drop_from([start // self.pool.block_size for start in starts])
         self.store.write(k, v, starts, counts)
         self._chunk_bytes_out += sum(counts) * (self.store.block_bytes // self.pool.block_size) * k.shape[1]
@@ -86,7 +91,7 @@ class LayerOffload:
         """Give the next tokens of rows of ``seq_lens`` int64 [B] their slots, and wait for what their blocks hold."""
         self.transfers.join()
         none = torch.empty(*self.pool.slots.shape[:2], 0, dtype=torch.int32, device=seq_lens.device)
-        plan_step(self.pool, none, None, seq_lens, n_written=0, n_ahead=self.n_ahead, waits_above=-1.0)
+        plan_step(self.pool, none, None, seq_lens, seq_lens, n_ahead=self.n_ahead, waits_above=-1.0)
         self.transfers.start(self.store, self.pool, 0, may_wait=True)
         self.is_open = True
 
@@ -100,17 +105,17 @@ class LayerOffload:
         self.pool.values.scatter_(2, place, v)
 
     def step(
-        self, ids: Tensor, scores: Tensor | None, seq_lens: Tensor, positions: Tensor, *, n_written: int,
-        wait: bool = False,
+        self, ids: Tensor, scores: Tensor | None, start: Tensor, seq_lens: Tensor, positions: Tensor, *,
+        n_written: int, wait: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Bring what the step selected, by the policy, and say what to attend to.
 
         Args:
             ids: int32 [B, HKV, T, K], selected blocks of each query token, ascending, N past the last.
             scores: float32 [B, HKV, R, N] for the estimated mass; see :func:`.residency.plan_step`.
-            seq_lens: int64 [B], the step's own tokens included.
+            start, seq_lens: int64 [B], tokens of each row before and after :meth:`append`.
             positions: int64 [B, T] of the query tokens.
-            n_written: tokens that :meth:`append` wrote since the last step.
+            n_written: tokens that :meth:`append` wrote since the last step, padding included.
             wait: for everything, whatever the policy.
 
         Returns:
@@ -118,13 +123,12 @@ class LayerOffload:
         """
         bound = -1.0 if wait else self.config.waits_above
         plan_step(
-            self.pool, _union(ids, self.pool.n_blocks), scores, seq_lens, n_written=n_written, n_ahead=self.n_ahead,
+            self.pool, _union(ids, self.pool.n_blocks), scores, start, seq_lens, n_ahead=self.n_ahead,
             waits_above=bound,
         )  # fmt: skip
         self.transfers.start(self.store, self.pool, n_written, may_wait=bound != float("inf"))
-        return attended_blocks(
-            self.pool, ids, positions, resident_too=self.config.attend_resident and not wait
-        )
+        self.is_warm |= wait
+        return attended_blocks(self.pool, ids, positions, resident_too=self.config.attend_resident and not wait)
 
     def join(self) -> None:
         """What follows comes after every transfer so far."""
@@ -141,11 +145,59 @@ class LayerOffload:
         self.store.take_rows(rows.cpu(), -(-n_tokens // self.pool.block_size))
         self.pool.take_rows(rows.to(self.pool.slots.device))
 
+    def resized(self, rows: Tensor) -> LayerOffload:
+        """An engine of other rows, of which row i is a copy of ``rows[i]``; this one is closed for good."""
+        self.synchronize()
+        needed = self.store.nbytes // self.store.rows.shape[0] * rows.shape[0]
+        check_host_bytes(needed, "another batch size", host_bytes_available())
+        new = LayerOffload(
+            self.store.resized(rows), self.pool.resized(rows.to(self.pool.slots.device)), self.config, self.n_ahead,
+            self.transfers,
+        )  # fmt: skip
+        new.is_open, new.is_warm, new._chunk_bytes_out = self.is_open, self.is_warm, self._chunk_bytes_out
+        self.close()
+        return new
+
+    def __deepcopy__(self, memo: dict[int, object]) -> LayerOffload:
+        self.synchronize()
+        rows = torch.arange(self.store.rows.shape[0])
+        copy = LayerOffload(
+            self.store.resized(rows), self.pool.resized(rows.to(self.pool.slots.device)), self.config, self.n_ahead,
+            make_transfers(self.pool.slots.device, self.config),
+        )  # fmt: skip
+        copy.is_open, copy.is_warm, copy._chunk_bytes_out = self.is_open, self.is_warm, self._chunk_bytes_out
+        return copy
+
     def reset(self) -> None:
         """Forget every token and count; the buffers stay."""
         self.transfers.join()
         self.pool.reset()
-        self.is_open, self._chunk_bytes_out = False, 0
+        self.is_open = self.is_warm = False
+        self._chunk_bytes_out = 0
+
+    def synchronize(self) -> None:
+        """Wait for every transfer: what the host reads in the store from here on is complete."""
+        self.transfers.join()
+        if self.pool.slots.is_cuda:
+            torch.cuda.synchronize(self.pool.slots.device)
+
+    def close(self) -> None:
+        """Give the page-locked memory back; the engine must not be used any more."""
+        self.synchronize()
+        self.store.close()
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Steps inside move bytes, which count, and select nothing that does."""
+        pool = self.pool
+        before, mass = pool.counters.clone(), pool.missing_mass.clone()
+        try:
+            yield
+        finally:
+            fetched = COUNTERS.index("fetched")
+            before[..., fetched] = pool.counters[..., fetched]
+            pool.counters.copy_(before)
+            pool.missing_mass.copy_(mass)
 
     def check_integrity(self) -> None:
         """See :meth:`.pool.DevicePool.check_integrity`."""

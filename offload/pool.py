@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -19,13 +21,13 @@ class DevicePool:
         last_used: int32 [B, HKV, P], the step that last needed the slot's block.
         arrived: int32 [B, HKV, P], the step in which the slot's block was fetched.
         clock: int32 [B, HKV], steps planned so far.
-        lens: int32 [B, HKV], tokens of the row at the last plan.
+        begins, lens: int32 [B, HKV], tokens of the row before and after the last planned step.
         fetch_block, fetch_slot: int32 [B, HKV, P], what the last step fetches and where to, blocks ascending; N and P
             past the count.
         fetch_count: int32 [B, HKV].
         waits: int32 [B, HKV], 1 where the last step waits for what it fetches.
-        counters: int64 [B, HKV, 6], sums: steps that selected, selected blocks, those that were missing, fetched blocks,
-            steps that waited for missing ones, tokens written.
+        counters: int64 [B, HKV, 6], sums: steps that selected, selected blocks, those that were missing, fetched
+            blocks, steps that waited for missing ones, tokens written.
         missing_mass: float64 [B, HKV], sum over steps of the missing share of the selected blocks' estimated mass.
     """
 
@@ -42,7 +44,7 @@ class DevicePool:
         self.slot_of_block = ints(b, h, n_blocks, fill=-1)
         self.block_of_slot = ints(b, h, p, fill=-1)
         self.last_used, self.arrived = ints(b, h, p), ints(b, h, p)
-        self.clock, self.lens = ints(b, h), ints(b, h)
+        self.clock, self.begins, self.lens = ints(b, h), ints(b, h), ints(b, h)
         self.fetch_block, self.fetch_slot = ints(b, h, p, fill=n_blocks), ints(b, h, p, fill=p)
         self.fetch_count, self.waits = ints(b, h), ints(b, h)
         self.counters = ints(b, h, len(COUNTERS), dtype=torch.int64)
@@ -95,10 +97,19 @@ class DevicePool:
         for buffer in vars(self).values():
             buffer.copy_(buffer.index_select(0, rows))
 
+    def resized(self, rows: Tensor) -> DevicePool:
+        """A pool of other rows, of which row i is a copy of ``rows[i]``."""
+        new = copy.copy(self)
+        for name, buffer in vars(self).items():
+            setattr(new, name, buffer.index_select(0, rows))
+        return new
+
     def reset(self) -> None:
         """Forget every block and every count."""
         self.drop_from(torch.zeros(self.slots.shape[0], dtype=torch.int64, device=self.slots.device))
-        for buffer in (self.last_used, self.arrived, self.clock, self.lens, self.fetch_count, self.waits):
+        for buffer in (
+            self.last_used, self.arrived, self.clock, self.begins, self.lens, self.fetch_count, self.waits,
+        ):  # fmt: skip
             buffer.zero_()
         self.clear_counters()
 

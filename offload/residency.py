@@ -8,13 +8,13 @@ from torch import Tensor
 from .pool import DevicePool
 
 
-def open_blocks(n_written: int, n_ahead: int, block_size: int) -> int:
-    """Most blocks that the ``n_written`` tokens of a step and the ``n_ahead`` tokens after it can touch."""
-    return -(-(n_written + n_ahead - 1) // block_size) + 1
+def open_blocks(n_ahead: int, block_size: int) -> int:
+    """Most blocks that up to ``n_ahead`` tokens of a step and the ``n_ahead`` tokens after it can touch."""
+    return -(-(2 * n_ahead - 1) // block_size) + 1
 
 
 def plan_step(
-    pool: DevicePool, ids: Tensor, scores: Tensor | None, seq_lens: Tensor, *, n_written: int, n_ahead: int,
+    pool: DevicePool, ids: Tensor, scores: Tensor | None, start: Tensor, seq_lens: Tensor, *, n_ahead: int,
     waits_above: float,
 ) -> None:  # fmt: skip
     """Give every block that the step needs a slot, and list what has to be fetched; writes the pool's tables.
@@ -29,16 +29,15 @@ def plan_step(
         ids: int32 [B, HKV, W], selected blocks, ascending, N past the last. W and :func:`open_blocks` fit the pool.
         scores: float32 [B, HKV, R, N], level 1's scores of R query heads and tokens, -inf for "no weight"; a selected
             block's share of ``exp(score)`` is its estimated attention mass. None: nothing is estimated.
-        seq_lens: int64 [B], tokens of each row, the step's own included.
-        n_written: the step's own tokens.
+        start, seq_lens: int64 [B], tokens of each row without and with the step's own, which are at most ``n_ahead``.
         n_ahead: tokens that may be appended before the next plan.
         waits_above: rows and heads whose missing share of the estimated mass is above this wait.
     """
     n, p, size = pool.n_blocks, pool.n_slots, pool.block_size
-    check_room(pool, ids, n_written, n_ahead)
+    check_room(pool, ids, n_ahead)
     device = ids.device
     number, slot = (torch.arange(x, dtype=torch.int32, device=device) for x in (n, p))
-    first = (seq_lens - n_written).clamp_min(0)[:, None, None] // size
+    first = start[:, None, None] // size
     last = (seq_lens + n_ahead - 1)[:, None, None] // size
     selected = torch.zeros(*ids.shape[:2], n + 1, dtype=torch.bool, device=device)
     selected = selected.scatter(2, ids.long(), True)[..., :-1]
@@ -63,6 +62,7 @@ def plan_step(
     pool.slot_of_block.copy_(_scattered(pool.slot_of_block.masked_fill(evicted, -1), pool.fetch_block, pool.fetch_slot))
     pool.block_of_slot.copy_(_scattered(pool.block_of_slot, pool.fetch_slot, pool.fetch_block))
     pool.clock += 1
+    pool.begins.copy_(start[:, None].expand_as(pool.begins))
     pool.lens.copy_(seq_lens[:, None].expand_as(pool.lens))
     now = pool.clock[..., None]
     in_use = (pool.block_of_slot >= 0) & needed.gather(2, pool.block_of_slot.clamp_min(0).long())
@@ -73,14 +73,11 @@ def plan_step(
     pool.waits.copy_(lost > waits_above)
     n_selected, n_missing = selected.sum(-1), missing.sum(-1)
     counted = (n_selected > 0, n_selected, n_missing, n_absent, (pool.waits > 0) & (n_missing > 0))
-    written = torch.full_like(n_absent, n_written)
-    pool.counters += torch.stack([x.long() for x in (*counted, written)], -1)
+    pool.counters += torch.stack([x.long() for x in (*counted, pool.lens - pool.begins)], -1)
     pool.missing_mass += lost
 
 
-def attended_blocks(
-    pool: DevicePool, ids: Tensor, positions: Tensor, *, resident_too: bool
-) -> tuple[Tensor, Tensor]:
+def attended_blocks(pool: DevicePool, ids: Tensor, positions: Tensor, *, resident_too: bool) -> tuple[Tensor, Tensor]:
     """Blocks that the planned step attends to: int32 [B, HKV, T, A], ascending, N past the counts [B, HKV, T].
 
     Those of each query token's selection that were resident when the step began, all of them where the step waits;
@@ -106,9 +103,9 @@ def attended_blocks(
     return kept, (kept < n).sum(-1, dtype=torch.int32)
 
 
-def check_room(pool: DevicePool, ids: Tensor, n_written: int, n_ahead: int) -> None:
+def check_room(pool: DevicePool, ids: Tensor, n_ahead: int) -> None:
     """Raise unless whatever the step may need fits the pool, so that a victim is always to be had."""
-    n_open = open_blocks(n_written, n_ahead, pool.block_size)
+    n_open = open_blocks(n_ahead, pool.block_size)
     if min(ids.shape[-1] + n_open, pool.n_blocks) > pool.n_slots:
         raise ValueError(
             f"ids: expected at most {pool.n_slots - n_open} selected blocks a step (a pool of {pool.n_slots} slots, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -74,10 +74,31 @@ class HostStore:
                 self.tokens[row, head, start : start + count].copy_(both[row, head, :count], non_blocking=True)
 
     def read(self, row: int, start: int, end: int, out: Tensor) -> Tensor:
-        """Tokens [HKV, end - start, 2, D] of one row in ``out`` [HKV, at least as many, 2, D], on the current stream."""
+        """One row's tokens [HKV, end - start, 2, D], in ``out`` [HKV, at least as many, 2, D], on the current stream."""
         for head in range(out.shape[0]):
             out[head, : end - start].copy_(self.tokens[row, head, start:end], non_blocking=True)
         return out[:, : end - start]
+
+    def read_keys(self, n_tokens: int, piece_tokens: int, device: torch.device) -> Iterator[Tensor]:
+        """The first ``n_tokens`` keys of every row, piece by piece: [B, HKV, S', D] on ``device``."""
+        b, h, _, _, two, d = self.rows.shape
+        piece = torch.empty(b, h, min(piece_tokens, n_tokens), two, d, dtype=self.rows.dtype, device=device)
+        for start in range(0, n_tokens, piece_tokens):
+            end = min(start + piece_tokens, n_tokens)
+            for row in range(b):
+                self.read(row, start, end, piece[row])
+            yield piece[:, :, : end - start, 0]
+
+    def resized(self, rows: Tensor) -> HostStore:
+        """A store of other rows, of which row i is a copy of ``rows[i]``."""
+        _, h, n, size, _, d = self.rows.shape
+        new = HostStore(
+            batch_size=rows.shape[0], n_kv_heads=h, n_blocks=n, block_size=size, head_dim=d, dtype=self.rows.dtype,
+            pinned=self.pinned,
+        )  # fmt: skip
+        for i, row in enumerate(rows.tolist()):
+            new.rows[i] = self.rows[row]
+        return new
 
     def close(self) -> None:
         """Unpin the memory; the device must not read it any more."""

@@ -6,7 +6,7 @@ host's rows of the step's own tokens belong to the transfers; nobody else may re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Protocol
 
@@ -21,7 +21,9 @@ class Transfers(Protocol):
     """Carries out what :func:`flex_tls.offload.residency.plan_step` has listed."""
 
     def start(self, store: HostStore, pool: DevicePool, n_written: int, may_wait: bool) -> None:
-        """Fetch now where ``pool.waits``; queue the other fetches, and the last ``n_written`` tokens' way to the host.
+        """Fetch now where ``pool.waits``; queue the other fetches, and the way to the host of the step's own tokens.
+
+        ``n_written``: most tokens that a row was given since the last start; 0 if they are in the store already.
 
         ``may_wait`` says whether any row and head can wait at all: if not, nothing is launched to find out.
         """
@@ -75,8 +77,7 @@ class CopyTransfers:
         self.side.wait_stream(torch.cuda.current_stream(pool.slots.device))
         with torch.cuda.stream(self.side):
             _copy_blocks(store, pool, ~now)
-            if n_written:
-                _copy_tokens(store, pool, n_written)
+            _copy_tokens(store, pool, n_written)
 
     def join(self) -> None:
         torch.cuda.current_stream(self.side.device).wait_stream(self.side)
@@ -97,18 +98,18 @@ def fetch(store: HostStore, pool: DevicePool, rows: Tensor) -> None:
 
 
 def write_through(store: HostStore, pool: DevicePool, n_written: int) -> None:
-    """Copy each row's last ``n_written`` tokens from the pool to the store, both on a CPU."""
-    position = written_positions(pool, n_written)
-    place = pool.places(position)
-    row, head = (torch.arange(x)[:, None] for x in place.shape[:2])
-    row = row[:, None]
-    tokens = pool.slots.flatten(2, 3)[row, head, place]
-    store.tokens[row, head, position[:, None].expand_as(place)] = tokens
+    """Copy the tokens that the planned step appended, at most ``n_written`` a row, from pool to store on a CPU."""
+    for row, begin, end in _written(pool, n_written):
+        position = torch.arange(begin, end)
+        place = pool.places(position.expand(pool.slots.shape[0], -1))[row]
+        head = torch.arange(place.shape[0])[:, None]
+        store.tokens[row, head, position] = pool.slots[row].flatten(1, 2)[head, place]
 
 
-def written_positions(pool: DevicePool, n_written: int) -> Tensor:
-    """Positions int64 [B, T] of the tokens that the planned step appended."""
-    return pool.lens[:, 0, None].long() - n_written + torch.arange(n_written, device=pool.lens.device)
+def _written(pool: DevicePool, n_written: int) -> Iterator[tuple[int, int, int]]:
+    """(row, first position, position after the last) of each row's new tokens. Synchronises."""
+    if n_written:
+        yield from zip(range(pool.lens.shape[0]), pool.begins[:, 0].tolist(), pool.lens[:, 0].tolist(), strict=True)
 
 
 def _copy_blocks(store: HostStore, pool: DevicePool, rows: Tensor) -> None:
@@ -120,9 +121,8 @@ def _copy_blocks(store: HostStore, pool: DevicePool, rows: Tensor) -> None:
 
 
 def _copy_tokens(store: HostStore, pool: DevicePool, n_written: int) -> None:
-    position = written_positions(pool, n_written)
-    for b, (positions, places) in enumerate(zip(position.tolist(), pool.places(position).tolist(), strict=True)):
-        for h, place in enumerate(places):
-            for at, source in zip(positions, place, strict=True):
-                token = pool.slots[b, h].flatten(0, 1)[source]
-                store.tokens[b, h, at].copy_(token, non_blocking=True)
+    for b, begin, end in _written(pool, n_written):
+        position = torch.arange(begin, end, device=pool.slots.device).expand(pool.slots.shape[0], -1)
+        for h, places in enumerate(pool.places(position)[b].tolist()):
+            for at, place in zip(range(begin, end), places, strict=True):
+                store.tokens[b, h, at].copy_(pool.slots[b, h].flatten(0, 1)[place], non_blocking=True)

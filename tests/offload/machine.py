@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-
 from flex_tls.offload import DevicePool, HostStore, LayerOffload, OffloadConfig
 from flex_tls.offload.transfers import QueuedTransfers
+from torch import Tensor
 
 SIZE = 16
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flex_tls.offload import OffloadConfig
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from flex_tls.offload import OffloadConfig
-from flex_tls.offload.residency import open_blocks
 from tests.offload.machine import SIZE, Model, listed, make_engine, table
 
 B, HKV, N, D, AHEAD = 2, 2, 12, 4, 2
@@ -55,14 +54,14 @@ class EngineMachine(RuleBasedStateMachine):
             engine.open(torch.tensor(self.lens))
             for (b, _), model in self.models.items():
                 self.fetched -= len(model.block_of_slot)
-                before, evicted = model.plan([], self.opened(self.lens[b], 0))
+                _, evicted = model.plan([], self.opened(self.lens[b], 0))
                 self.fetched += len(model.block_of_slot) + len(evicted)
         self.transfers.run(early)
         start = torch.tensor(self.lens)
         engine.join()
         engine.append(*self.new(t), start)
         self.lens = [n + t for n in self.lens]
-        room = self.n_slots - open_blocks(t, AHEAD, SIZE)
+        room = self.engine.selected_at_most
         width = max(1, room // t)
         ids = torch.full((B, HKV, t, width), N, dtype=torch.int32)
         for (b, h), model in self.models.items():
@@ -76,7 +75,7 @@ class EngineMachine(RuleBasedStateMachine):
         scores = torch.randn(B, HKV, 3, N, generator=self.generator)
         lens = torch.tensor(self.lens)
         positions = lens[:, None] - t + torch.arange(t)
-        kept, counts = engine.step(ids, scores, lens, positions, n_written=t, wait=wait)
+        kept, counts = engine.step(ids, scores, start, lens, positions, n_written=t, wait=wait)
         self.check_step(ids, scores, kept, counts, positions, t, wait)
         # The transfers may take any time, and leave anything in the slots until they are done
         for b in range(B):
@@ -118,7 +117,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def check_contents(self, kept: Tensor) -> None:
         """What a step attends to is what was written."""
-        for (b, h), _ in self.models.items():
+        for b, h in self.models:
             for block in {x for one in kept[b, h] for x in listed(one, N)}:
                 n = min(SIZE, self.lens[b] - block * SIZE)
                 slot = self.pool.slots[b, h, int(self.pool.slot_of_block[b, h, block])]
@@ -188,7 +187,7 @@ def test_the_pool_must_hold_what_a_step_selects_and_writes() -> None:
     engine.open(lens)
     ids = torch.zeros(2, 2, 1, 5, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"expected at most 3 selected blocks a step \(a pool of 5 slots, 2 of them"):
-        engine.step(ids, None, lens, lens[:, None] - 1, n_written=1)
+        engine.step(ids, None, lens - 1, lens, lens[:, None] - 1, n_written=1)
 
 
 def test_tokens_are_appended_to_an_open_engine_only() -> None:
