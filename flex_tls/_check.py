@@ -46,7 +46,7 @@ def check_seq_lens(seq_lens: Tensor | None, batch_size: int, longest: int, devic
 
 
 def check_no_nan(name: str, x: Tensor, valid: Tensor, first: int = 0) -> None:
-    """Raise if ``x`` [B, HKV, S, D] is not finite where ``valid`` [B, S]; names the first place, S counted from ``first``."""
+    """Raise if ``x`` [B, HKV, S, D] is not finite where ``valid`` [B, S]; names the first place, from ``first`` on."""
     bad = ~torch.isfinite(x).all(-1).transpose(1, 2) & valid[:, :, None]
     if bool(bad.any()):
         row, token, head = (int(i) for i in bad.nonzero()[0])

@@ -108,8 +108,8 @@ def check_room(pool: DevicePool, ids: Tensor, n_ahead: int) -> None:
     n_open = open_blocks(n_ahead, pool.block_size)
     if min(ids.shape[-1] + n_open, pool.n_blocks) > pool.n_slots:
         raise ValueError(
-            f"ids: expected at most {pool.n_slots - n_open} selected blocks a step (a pool of {pool.n_slots} slots, "
-            f"{n_open} of them for new tokens), got {ids.shape[-1]}; take fewer query tokens at once or enlarge the pool"
+            f"ids: expected at most {pool.n_slots - n_open} selected blocks a step (a pool of {pool.n_slots} slots, {n_open}"
+            f" of them for new tokens), got {ids.shape[-1]}; take fewer query tokens at once or enlarge the pool"
         )
 
 
