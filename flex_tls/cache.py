@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from . import saved
 from .attention import Backend, check_backend, resolve_backend
 from .cache_layer import Shared, TLSLayer, new_index
 from .config import TLSConfig
 from .fused import why_not_here
-from .model_config import read_model_config
+from .model_config import ModelShape, read_model_config
 from .offload import LayerStats, OffloadConfig
 from .offloaded_layer import OffloadedLayer, allocate_offloaded, choose_offloaded, size_pools
+from .paged import paged_backend
 from .progress import Progress
 from .record import Recorder
 
@@ -204,12 +207,79 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         """What the offload engine of each offloaded layer did since the cache was made or reset. Synchronises."""
         return {layer.layer_idx: layer.opened().stats() for layer in self.offloaded_layers if layer.is_initialized}
 
+    def save(self, path: str | Path) -> None:
+        """Write every token, the index and the configuration to the folder ``path``, for :meth:`load`.
+
+        Raises:
+            ValueError: ``path`` exists, or the cache has no buffers yet.
+            OSError: it could not be written; nothing is left at ``path`` then, and the cache is as before.
+        """
+        self._settle()
+        saved.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model_config: Any,
+        *,
+        max_len: int | None = None,
+        device: torch.device | str = "cpu",
+        backend: Backend = "auto",
+        offload: OffloadConfig | None = None,
+    ) -> TLSCache:
+        """The cache that :meth:`save` wrote, with or without offload, whichever way it was saved.
+
+        Args:
+            path: the folder.
+            model_config: of the same model.
+            max_len: room for more tokens, or fewer, than it was saved with.
+            device, backend, offload: as in :class:`TLSCache`.
+
+        Raises:
+            ValueError: another model, no such folder, a damaged file; says which.
+        """
+        found = saved.describe(path)
+        cache = cls(
+            model_config, saved.config_of(found), batch_size=found["batch_size"], max_len=max_len or found["max_len"],
+            dtype=getattr(torch, found["dtype"]), device=device, backend=backend, offload=offload,
+        )  # fmt: skip
+        if cache.max_len < found["columns"]:
+            raise ValueError(f"max_len: expected at least {found['columns']}, the saved columns, got {max_len}")
+        try:
+            with torch.no_grad():
+                saved.fill(cache, path, found)
+        except ValueError:
+            cache.close()
+            raise
+        return cache
+
     def close(self) -> None:
         """Give all buffers back, page-locked host memory too; the cache is as new."""
         self.reset()
         for layer in self.tls_layers:
             layer.release()
         self.compiled_steps.clear()
+
+    @property
+    def progress(self) -> Progress:
+        """Which token of which row comes next."""
+        return self._shared.progress
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's layers."""
+        return self._shared.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values, allocated or to be."""
+        return self._layout()[0]
+
+    @property
+    def device(self) -> torch.device:
+        """The model's, of the buffers that are allocated or to be."""
+        return self._layout()[1]
 
     @property
     def max_len(self) -> int:
@@ -254,6 +324,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
             # Also under a caller's inference mode, whose tensors could not be written to outside of it
             with torch.inference_mode(False):
                 if self.offload is not None:
+                    paged_backend(self._shared.backend, device)
                     allocate_offloaded(self.offloaded_layers, self.offload, dtype, device)
                 for layer in self.tls_layers:
                     if not layer.is_initialized:

@@ -96,12 +96,25 @@ class OffloadedLayer(TLSLayer):
         step = self._step
         if step is not None and self._new is not None:
             # The newest of a prompt's queries, right aligned as they come
-            self._last_queries = q[:, :, -WARM_QUERIES:].clone()
-            self._scale = scale
+            self.remember(q[:, :, -WARM_QUERIES:].clone(), scale)
         try:
             return super().attend(q, scale)
         finally:
             self._new = None
+
+    @property
+    def last_queries(self) -> Tensor | None:
+        """A prompt's last queries [B, HQ, up to 16, D], until they have said what decoding begins with."""
+        return self._last_queries
+
+    @property
+    def scale(self) -> float:
+        """Of the last attention's scores."""
+        return self._scale
+
+    def remember(self, q: Tensor, scale: float) -> None:
+        """Set :attr:`last_queries` and :attr:`scale`."""
+        self._last_queries, self._scale = q, scale
 
     def prepare(self) -> None:
         """Bring the next tokens' blocks and, after a prompt, what its last queries select into the pool.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from .attention import Attended, Backend, BackendUnavailable, resolve_backend
+from .attention import Attended, Backend, resolve_backend
 from .config import TLSConfig
 from .flex import compiled, kernel_options
 from .index import KVIndex
@@ -127,6 +127,3 @@ def _attend(
     )  # fmt: skip
     # What the mod captures is an output, for torch's C++ template (docs/design.md, section 4)
     return unfold_groups(out, kept.group), None, kept, tokens, placed
-
-
-__all__ = ["BackendUnavailable", "Scored", "attend_pages", "earlier", "paged_backend", "score"]

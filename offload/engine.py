@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from .config import OffloadConfig
 from .memory import check_host_bytes, host_bytes_available
+from .ops import KernelTransfers, plan
 from .pool import COUNTERS, DevicePool
 from .residency import attended_blocks, open_blocks, plan_step
 from .store import HostStore
-from .transfers import QueuedTransfers, Transfers
+from .transfers import CopyTransfers, QueuedTransfers, Transfers
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,9 @@ class LayerOffload:
         """Give the next tokens of rows of ``seq_lens`` int64 [B] their slots, and wait for what their blocks hold."""
         self.transfers.join()
         none = torch.empty(*self.pool.slots.shape[:2], 0, dtype=torch.int32, device=seq_lens.device)
-        plan_step(self.pool, none, None, seq_lens, seq_lens, n_ahead=self.n_ahead, waits_above=-1.0)
+        self._plan(none, None, seq_lens, seq_lens, -1.0, resident_too=False)
         self.transfers.start(self.store, self.pool, 0, may_wait=True)
+        self.transfers.join()
         self.is_open = True
 
     def append(self, k: Tensor, v: Tensor, start: Tensor) -> None:
@@ -122,13 +125,13 @@ class LayerOffload:
             Blocks to attend to, int32 [B, HKV, T, A], ascending, N past the counts; counts int32 [B, HKV, T].
         """
         bound = -1.0 if wait else self.config.waits_above
-        plan_step(
-            self.pool, _union(ids, self.pool.n_blocks), scores, start, seq_lens, n_ahead=self.n_ahead,
-            waits_above=bound,
-        )  # fmt: skip
+        resident_too = self.config.attend_resident and not wait
+        chosen = self._plan(_union(ids, self.pool.n_blocks), scores, start, seq_lens, bound, resident_too)
         self.transfers.start(self.store, self.pool, n_written, may_wait=bound != float("inf"))
         self.is_warm |= wait
-        return attended_blocks(self.pool, ids, positions, resident_too=self.config.attend_resident and not wait)
+        if chosen is not None and ids.shape[2] == 1:
+            return chosen[0][:, :, None], chosen[1][:, :, None]
+        return attended_blocks(self.pool, ids, positions, resident_too=resident_too)
 
     def join(self) -> None:
         """What follows comes after every transfer so far."""
@@ -222,6 +225,18 @@ class LayerOffload:
             host_bytes=self.store.nbytes,
         )
 
+    def _plan(
+        self, ids: Tensor, scores: Tensor | None, start: Tensor, seq_lens: Tensor, bound: float, resident_too: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Plan; with the kernel also what one query token attends to."""
+        if isinstance(self.transfers, KernelTransfers):
+            return plan(
+                self.pool, ids, scores, start, seq_lens, n_ahead=self.n_ahead, waits_above=bound,
+                resident_too=resident_too,
+            )  # fmt: skip
+        plan_step(self.pool, ids, scores, start, seq_lens, n_ahead=self.n_ahead, waits_above=bound)
+        return None
+
     def _drop_from(self, first_block: list[int]) -> None:
         self.pool.drop_from(torch.tensor(first_block, device=self.pool.slots.device))
         self.is_open = False
@@ -232,10 +247,10 @@ def make_transfers(device: torch.device, config: OffloadConfig) -> Transfers:
     if device.type == "cpu":
         return QueuedTransfers()
     if config.transfer == "copy":
-        from .transfers import CopyTransfers
-
         return CopyTransfers(device)
-    raise NotImplementedError
+    if find_spec("triton") is None:
+        raise RuntimeError("transfer='kernel' needs triton, which is not installed; pip install triton or pass 'copy'")
+    return KernelTransfers(device, config.transfer_programs)
 
 
 def _union(ids: Tensor, n_blocks: int) -> Tensor:

@@ -22,8 +22,7 @@ class DevicePool:
         arrived: int32 [B, HKV, P], the step in which the slot's block was fetched.
         clock: int32 [B, HKV], steps planned so far.
         begins, lens: int32 [B, HKV], tokens of the row before and after the last planned step.
-        fetch_block, fetch_slot: int32 [B, HKV, P], what the last step fetches and where to, blocks ascending; N and P
-            past the count.
+        fetch_block, fetch_slot: int32 [B, HKV, P], what the last step fetches and where to; past the count anything.
         fetch_count: int32 [B, HKV].
         waits: int32 [B, HKV], 1 where the last step waits for what it fetches.
         counters: int64 [B, HKV, 6], sums: steps that selected, selected blocks, those that were missing, fetched

@@ -20,9 +20,9 @@ def plan_step(
     """Give every block that the step needs a slot, and list what has to be fetched; writes the pool's tables.
 
     Needed are the selected blocks, those of the step's own tokens, and those of the tokens to come, which therefore
-    have a slot before they are appended. Needed blocks that have no slot take, in order of their numbers, the slots
-    that are empty or whose block was needed longest ago (ties: the lower slot), never one of a needed block; what they
-    take is a set, given out in order of slots.
+    have a slot before they are appended. Needed blocks that have no slot take the slots that are empty or whose block
+    was needed longest ago (ties: the lower slot), never one of a needed block. Selected blocks are listed first, then
+    those of new tokens; in this order they get these slots in the order of theirs.
 
     Args:
         pool: whose ``fetch_*``, ``waits`` and counters are written too.
@@ -55,7 +55,8 @@ def plan_step(
     victim = rank < n_absent[..., None]
 
     entry = slot < n_absent[..., None]
-    pool.fetch_block.copy_(torch.where(absent, number, n).sort(-1).values[..., :p])
+    listed = torch.where(absent, number + torch.where(selected, 0, n), 2 * n).sort(-1).values[..., :p]
+    pool.fetch_block.copy_(torch.where(entry, listed % n, n))
     pool.fetch_slot.copy_(torch.where(entry, torch.where(victim, slot, p).sort(-1).values, p))
     pool.fetch_count.copy_(n_absent)
     evicted = resident & victim.gather(2, pool.slot_of_block.clamp_min(0).long())
@@ -108,8 +109,9 @@ def check_room(pool: DevicePool, ids: Tensor, n_ahead: int) -> None:
     n_open = open_blocks(n_ahead, pool.block_size)
     if min(ids.shape[-1] + n_open, pool.n_blocks) > pool.n_slots:
         raise ValueError(
-            f"ids: expected at most {pool.n_slots - n_open} selected blocks a step (a pool of {pool.n_slots} slots, {n_open}"
-            f" of them for new tokens), got {ids.shape[-1]}; take fewer query tokens at once or enlarge the pool"
+            f"ids: expected at most {pool.n_slots - n_open} selected blocks a step (a pool of {pool.n_slots} slots, "
+            f"{n_open} of them for new tokens), got {ids.shape[-1]}; take fewer query tokens at once, or "
+            "enlarge the pool"
         )
 
 

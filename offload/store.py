@@ -74,7 +74,7 @@ class HostStore:
                 self.tokens[row, head, start : start + count].copy_(both[row, head, :count], non_blocking=True)
 
     def read(self, row: int, start: int, end: int, out: Tensor) -> Tensor:
-        """One row's tokens [HKV, end - start, 2, D], in ``out`` [HKV, at least as many, 2, D], on the current stream."""
+        """One row's tokens [HKV, end - start, 2, D] in ``out``, which is at least as long, on the current stream."""
         for head in range(out.shape[0]):
             out[head, : end - start].copy_(self.tokens[row, head, start:end], non_blocking=True)
         return out[:, : end - start]

@@ -48,7 +48,7 @@ def generate(model: Any, cache: tls.TLSCache, inputs: dict[str, Tensor], n: int 
 
 
 @pytest.fixture(autouse=True)
-def no_block_is_in_two_places(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_block_is_in_two_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every engine of every test is checked after every step."""
     from flex_tls.offload import LayerOffload
 
@@ -60,7 +60,6 @@ def no_block_is_in_two_places(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         return result
 
     monkeypatch.setattr(LayerOffload, "step", checked)
-    yield
 
 
 @pytest.mark.parametrize("offload", [EXACT, MINIMUM], ids=["default pool", "smallest pool"])
@@ -219,7 +218,7 @@ def streams(draw: st.DrawFn) -> tuple[tls.TLSConfig, tuple[int, int, int], list[
     size = draw(st.sampled_from((16, 32)))
     cfg = tls.TLSConfig(
         block_size=size, block_budget=size * draw(st.integers(3, 5)), token_budget=draw(st.sampled_from((40, None))),
-        sink_tokens=draw(st.integers(0, size)), recent_tokens=draw(st.integers(1, 16)), label_dims=8, dense_layers=0,
+        sink_tokens=draw(st.integers(0, 16)), recent_tokens=draw(st.integers(1, 16)), label_dims=8, dense_layers=0,
         sparse_query_tokens=4, group_reduce=draw(st.sampled_from(("softmax_mean", "max"))),
     )  # fmt: skip
     shape = (draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from((1, 3))))
@@ -244,6 +243,7 @@ def pool(cfg: tls.TLSConfig, spare: int, **kwargs: Any) -> tls.OffloadConfig:
     return tls.OffloadConfig(gpu_blocks=least + spare, **kwargs)
 
 
+@settings(max_examples=10)
 @given(streams())
 def test_exact_equals_the_cache_without_offload(stream: Any) -> None:
     """Bit for bit, but for chunks that the pool serves in pieces: matrix products round by their number of rows."""
@@ -261,6 +261,7 @@ def test_exact_equals_the_cache_without_offload(stream: Any) -> None:
         assert torch.equal(host[:, :, : sum(tokens)], device[:, :, : sum(tokens)])
 
 
+@settings(max_examples=10)
 @given(streams(), st.booleans(), st.data())
 def test_transfers_at_any_moment_before_their_join_change_nothing(stream: Any, resident: bool, data: Any) -> None:
     cfg, shape, tokens, spare, seed = stream
@@ -271,6 +272,7 @@ def test_transfers_at_any_moment_before_their_join_change_nothing(stream: Any, r
         early.offloaded_layers[0].opened().transfers.run(data.draw(st.integers(0, 4)))  # type: ignore[attr-defined]
 
 
+@settings(max_examples=10)
 @given(streams(), st.booleans())
 def test_async_attends_to_what_its_definition_says(stream: Any, resident: bool) -> None:
     """Its own definition in Python sets: what a step selects and the step before left on the device."""
@@ -370,10 +372,7 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         cache_for(make("mistral, window"), EXACT)
     with pytest.raises(BackendUnavailable, match="do not read a pool of block slots yet"):
-        tls.enable(model)
-        model(**prompts(90), past_key_values=(cache := cache_for(model, EXACT, backend="triton")))
-        model(torch.tensor([[5]]), past_key_values=cache)
-    tls.disable(model)
+        cache_for(model, EXACT, backend="triton")
     with pytest.raises(ValueError, match=r"does not read a pool of block slots yet.*compiled=False"):
         tls.generate(model, prompts(30)["input_ids"], cache=cache_for(model, EXACT), max_new_tokens=2, compiled=True)
     monkeypatch.setattr("flex_tls.offloaded_layer.host_bytes_available", lambda: 1000)

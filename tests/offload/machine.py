@@ -26,7 +26,7 @@ class Model:
         self.clock += 1
         before = sorted(self.block_of_slot.values())
         needed = sorted({*selected, *opened})
-        absent = [block for block in needed if block not in before]
+        absent = sorted((block for block in needed if block not in before), key=lambda x: (x not in selected, x))
         free = [s for s in range(self.n_slots) if s not in self.block_of_slot]
         old = sorted(
             (s for s, block in self.block_of_slot.items() if block not in needed),
