@@ -1,7 +1,7 @@
 """A cache on disk: read a long document once, answer questions about it from many processes later.
 
-A folder: ``cache.json`` says what it is, ``rows.safetensors`` which columns are tokens, ``layer_00012.safetensors`` holds
-the tokens of a layer, its keys, values and index. Layers are written and read one by one.
+A folder: ``cache.json`` says what it is, ``rows.safetensors`` which columns are tokens, ``layer_00012.safetensors``
+holds a layer's keys, values and index. Layers are written and read one by one.
 """
 
 from __future__ import annotations
