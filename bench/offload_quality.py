@@ -18,9 +18,9 @@ from flex_tls.integrations.huggingface import enabled
 PROVIDERS: dict[str, dict[str, Any]] = {
     "exact": {"policy": "exact"},
     "async": {"policy": "async"},
-    "async_resident": {"policy": "async", "attend_resident": True},
-    "corrected": {"policy": "corrected", "missing_mass_bound": 0.05},
-    "corrected_resident": {"policy": "corrected", "missing_mass_bound": 0.05, "attend_resident": True},
+    "async_selected": {"policy": "async", "attend_resident": False},
+    "corrected": {"policy": "corrected"},
+    "corrected_selected": {"policy": "corrected", "attend_resident": False},
 }
 
 

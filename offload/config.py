@@ -23,8 +23,9 @@ class OffloadConfig:
             offload. ``"corrected"``: as async, but KV heads that would miss too much wait.
         missing_mass_bound: for ``"corrected"``: share of the selected blocks' estimated attention mass that a KV head
             may miss without waiting.
-        attend_resident: attend also to blocks that are on the device from earlier steps. Level 2 then chooses its
-            tokens among more blocks. Not for ``"exact"``, which attends to what it selected.
+        attend_resident: attend also to blocks that are on the device from earlier steps: level 2 then chooses its
+            tokens among more blocks, which costs the reading of their labels and makes up for the missing ones
+            (docs/design.md, section 10). By default so, but not with ``"exact"``, which attends to what it selected.
         transfer: on CUDA, ``"kernel"``: one Triton kernel reads the pinned host memory, the step can be captured;
             ``"copy"``: a copy a block, for which each step waits for the device. On a CPU there are only copies.
         transfer_programs: programs of that kernel, which share the device with the model's own.
@@ -35,7 +36,7 @@ class OffloadConfig:
     gpu_fraction: float | None = None
     policy: Policy = "async"
     missing_mass_bound: float = 0.05
-    attend_resident: bool = False
+    attend_resident: bool | None = None
     transfer: Transfer = "kernel"
     transfer_programs: int = 32
 
@@ -65,6 +66,11 @@ class OffloadConfig:
             raise ValueError(
                 "attend_resident: expected False with policy='exact', which attends to what it selected, got True"
             )
+
+    @property
+    def attends_resident(self) -> bool:
+        """:attr:`attend_resident`, or its default."""
+        return self.policy != "exact" if self.attend_resident is None else self.attend_resident
 
     @property
     def waits_above(self) -> float:

@@ -125,7 +125,7 @@ class LayerOffload:
             Blocks to attend to, int32 [B, HKV, T, A], ascending, N past the counts; counts int32 [B, HKV, T].
         """
         bound = -1.0 if wait else self.config.waits_above
-        resident_too = self.config.attend_resident and not wait
+        resident_too = self.config.attends_resident and not wait
         chosen = self._plan(_union(ids, self.pool.n_blocks), scores, start, seq_lens, bound, resident_too)
         self.transfers.start(self.store, self.pool, n_written, may_wait=bound != float("inf"))
         self.is_warm |= wait

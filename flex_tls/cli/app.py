@@ -17,11 +17,12 @@ from rich.table import Table
 from ..attention import Backend, BackendUnavailable, resolve_backend
 from ..config import TLSConfig
 from ..fused import why_not_here
+from ..offload import OffloadConfig
 from .compare import compare
 from .evaluate import eval_app
-from .options import config, load_model
+from .options import config, load_model, offload_config
 from .plot import plot_record
-from .report import hardware, print_comparison, reported
+from .report import hardware, print_comparison, print_offload, reported
 from .texts import library_source, question_about
 from .weights import load_smollm2
 
@@ -76,6 +77,13 @@ def generate(
     compare_dense: Annotated[
         bool, typer.Option("--compare/--no-compare", help="Decode with full attention too.")
     ] = True,
+    offload: Annotated[
+        str, typer.Option(help="Keys and values in host memory: async, exact or corrected; none keeps them here.")
+    ] = "none",
+    gpu_blocks: Annotated[
+        int | None, typer.Option(min=1, help="With --offload: blocks on the device per KV head; twice the budget.")
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="With --offload: what each layer's engine did.")] = False,
     json_file: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
@@ -87,7 +95,8 @@ def generate(
     if ids.shape[1] < 1:
         raise typer.BadParameter(f"expected text, {prompt_file} holds none", param_hint="--prompt-file")
     cfg = config(ids.shape[1], block_budget, token_budget, block_size)
-    _run(model, tokenizer, ids, cfg, new_tokens, console, json_file, plot, compare_dense)
+    away = offload_config(offload, gpu_blocks)
+    _run(model, tokenizer, ids, cfg, new_tokens, console, json_file, plot, compare_dense, away, stats)
 
 
 @app.command()
@@ -114,15 +123,19 @@ def _run(
     json_file: Path | None,
     plot: Path | None,
     dense: bool = True,
+    offload: OffloadConfig | None = None,
+    stats: bool = False,
 ) -> None:
     with reported(console):
-        result = compare(model, tokenizer, ids, cfg, new_tokens, console, dense)
+        result = compare(model, tokenizer, ids, cfg, new_tokens, console, dense, offload)
     if not result.record.layers:
         console.print(
             f"the budgets hold all of the {result.prompt_tokens} tokens: every step was dense; lower them",
             style="yellow",
         )
     print_comparison(result, console)
+    if result.offload:
+        print_offload(result.offload, console, layers=stats)
     if json_file is not None:
         json_file.write_text(json.dumps({"machine": hardware(), **result.as_dict()}, indent=2))
     if plot is not None and result.record.layers:

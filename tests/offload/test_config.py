@@ -62,6 +62,13 @@ def test_a_pool_holds_a_step_or_is_refused_with_what_would_do(n_blocks: int, lea
             assert all(min(least, n_blocks) <= x <= n_blocks for x in config.pool_blocks(**layout))
 
 
+def test_what_is_resident_is_attended_to_unless_the_policy_is_exact() -> None:
+    assert not OffloadConfig(policy="exact").attends_resident
+    assert OffloadConfig().attends_resident
+    assert OffloadConfig(policy="corrected").attends_resident
+    assert not OffloadConfig(attend_resident=False).attends_resident
+
+
 def test_policies_say_above_which_share_a_head_waits() -> None:
     assert OffloadConfig(policy="exact").waits_above < 0
     assert OffloadConfig(policy="async").waits_above == math.inf

@@ -103,7 +103,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert bool(self.pool.waits[b, h]) == waits
             for i in range(t):
                 want = [x for x in each[i] if waits or x in before]
-                if self.config.attend_resident and not wait:
+                if self.config.attends_resident and not wait:
                     here = set(model.block_of_slot.values()) & (set(before) | (set(union) if waits else set()))
                     if waits:
                         # What the row waited for includes the blocks of tokens to come
