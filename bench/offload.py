@@ -48,13 +48,14 @@ def link(device: torch.device, runs: int, quick: bool) -> Iterator[dict[str, Any
 
 def overlap(device: torch.device, runs: int, quick: bool) -> Iterator[dict[str, Any]]:
     """(b) A step of matrix products with transfers beside it, before each layer's next product, and alone."""
-    products = _Products(device, 2 if quick else 36, TINY if quick else QWEN3_8B)
-    layers = [_layer(1, 8, n_blocks=80, n_slots=72) for _ in products.weights]
+    products = _Products(device, 1 if quick else 36, TINY if quick else QWEN3_8B)
+    hkv = 1 if quick else 8
+    layers = [_layer(1, hkv, n_blocks=80, n_slots=72) for _ in products.weights]
     row_bytes = layers[0].store.block_bytes
     for per_head in (2,) if quick else (4, 16, 32, 64):
         for layer in layers:
             _list(layer, per_head)
-        n_bytes = per_head * 8 * row_bytes * len(layers)
+        n_bytes = per_head * hkv * row_bytes * len(layers)
         calls: dict[str, Callable[[], object]] = {
             "products": lambda: products.run(lambda i: None),
             "transfers": lambda: _join(layers, [_transfer(x, waits=False) for x in layers]),
@@ -81,15 +82,15 @@ def steps(
 
     ``pool``: slots, in block budgets.
     """
-    n_layers, block_size = (2, 64) if quick else (36, 64)
+    n_layers, block_size, hkv, n_programs = (1, 64, 1, 2) if quick else (36, 64, 8, 32)
     n_blocks, kept = context // block_size, 8192 // block_size if not quick else 8
     products = _Products(device, n_layers, TINY if quick else QWEN3_8B, batch_size)
     n_slots = max(int(pool * kept), kept + open_blocks(1, block_size))
-    layers = [_layer(batch_size, 8, n_blocks=n_blocks, n_slots=n_slots) for _ in range(n_layers)]
+    layers = [_layer(batch_size, hkv, n_blocks=n_blocks, n_slots=n_slots) for _ in range(n_layers)]
     n_steps = 32
-    selected = trace(n_steps, n_layers * batch_size * 8, n_blocks, kept, device=device)
+    selected = trace(n_steps, n_layers * batch_size * hkv, n_blocks, kept, device=device)
     found = overlaps(selected, n_blocks)
-    selected = selected.view(n_steps, n_layers, batch_size, 8, kept)
+    selected = selected.view(n_steps, n_layers, batch_size, hkv, kept)
     lens = torch.full((batch_size,), context, dtype=torch.int64, device=device)
     step = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -104,7 +105,7 @@ def steps(
             layer.pool, ids, None, lens - 1, lens, n_ahead=1, waits_above=-1.0 if waits else float("inf"),
             resident_too=not waits,
         )  # fmt: skip
-        _transfer(layer, waits=waits)
+        _transfer(layer, waits=waits, n_programs=n_programs)
 
     def one(waits: bool = False, forget: bool = False) -> None:
         step.add_(1).remainder_(n_steps)
@@ -118,7 +119,7 @@ def steps(
     }
     for name, call in calls.items():
         graph = _graph(call, device)
-        for _ in range(n_steps):
+        for _ in range(2 if quick else n_steps):
             graph()
         for layer in layers:
             layer.pool.clear_counters()
