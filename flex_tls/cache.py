@@ -203,6 +203,11 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         """Those whose keys and values are in host memory."""
         return [layer for layer in self.tls_layers if isinstance(layer, OffloadedLayer)]
 
+    def prepare(self) -> None:
+        """Bring into the pools what decoding begins with; before compiled steps, eager ones do it by themselves."""
+        for layer in self.offloaded_layers:
+            layer.prepare()
+
     def stats(self) -> dict[int, LayerStats]:
         """What the offload engine of each offloaded layer did since the cache was made or reset. Synchronises."""
         return {layer.layer_idx: layer.opened().stats() for layer in self.offloaded_layers if layer.is_initialized}

@@ -159,11 +159,11 @@ class OffloadedLayer(TLSLayer):
 
     def _write(self, k: Tensor, v: Tensor, step: Step) -> None:
         engine, index = self.opened(), self.index
-        engine.join()
         decoding = not step.is_fresh and step.n_new <= engine.n_ahead
         if decoding and index is not None and index.fitted_tokens:
             if not engine.is_open:
                 self._open(step.start)
+            engine.join()
             engine.append(k, v, step.start)
         else:
             counts = [after - before for before, after in zip(step.lens_before, step.lens_after, strict=True)]
@@ -268,7 +268,10 @@ class OffloadedLayer(TLSLayer):
         return self._reader.read(self.opened().store, row, n_tokens)
 
     def _chunks(self, n_tokens: int) -> KeyChunks:
-        engine = self.opened()
+        engine, step = self.opened(), self._step
+        if self._new is not None and step is not None and step.is_fresh:
+            # A prompt in one piece is still on the device
+            return KeyChunks.of(self._new[0][:, :, :n_tokens])
         engine.join()
         store, device = engine.store, engine.pool.slots.device
         if device.type == "cpu":

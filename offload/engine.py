@@ -16,7 +16,7 @@ from .ops import KernelTransfers, plan
 from .pool import COUNTERS, DevicePool
 from .residency import attended_blocks, open_blocks, plan_step
 from .store import HostStore
-from .transfers import CopyTransfers, QueuedTransfers, Transfers
+from .transfers import CopyTransfers, QueuedTransfers, Transfers, side_stream
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,21 @@ class LayerOffload:
     def write(self, k: Tensor, v: Tensor, starts: Sequence[int], counts: Sequence[int]) -> None:
         """Put a prompt's chunk straight into the store: ``counts[b]`` tokens of k, v [B, HKV, T, D] at ``starts[b]``.
 
-        Blocks that it touches leave the pool; the engine is closed and cold.
+        Blocks that it touches leave the pool; the engine is closed and cold. On CUDA the copies run on the side stream.
         """
-        self.transfers.join()
+        if self.is_open:
+            self.transfers.join()
         self.is_warm = False
         self._drop_from([start // self.pool.block_size for start in starts])
-        self.store.write(k, v, starts, counts)
+        if k.is_cuda:
+            side = side_stream(k.device)
+            side.wait_stream(torch.cuda.current_stream(k.device))
+            with torch.cuda.stream(side):
+                self.store.write(k, v, starts, counts)
+            for x in (k, v):
+                x.record_stream(side)
+        else:
+            self.store.write(k, v, starts, counts)
         self._chunk_bytes_out += sum(counts) * (self.store.block_bytes // self.pool.block_size) * k.shape[1]
 
     def open(self, seq_lens: Tensor) -> None:

@@ -83,10 +83,15 @@ class CopyTransfers:
         torch.cuda.current_stream(self.side.device).wait_stream(self.side)
 
 
-@cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream of a device on which all transfers of all caches run, in the order of their starts."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call,unused-ignore]
+    # "cuda" and "cuda:0" are one device
+    return _side_stream(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _side_stream(device_index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device_index)  # type: ignore[no-untyped-call,unused-ignore]
 
 
 def fetch(store: HostStore, pool: DevicePool, rows: Tensor) -> None:
