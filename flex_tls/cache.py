@@ -303,10 +303,19 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
 
     @property
     def kv_nbytes(self) -> int:
-        """Bytes of all keys and values, allocated or to be."""
-        shape, dtype = self._shared.shape, self._layout()[0]
-        tokens = self.batch_size * self._shared.capacity_tokens
-        return 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * tokens * dtype.itemsize
+        """Bytes of all keys and values, allocated or to be, wherever they are."""
+        return self._shared.shape.n_layers * self._layer_nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the keys and values in host memory, allocated or to be; 0 without offload."""
+        return len(self.offloaded_layers) * self._layer_nbytes
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes on the model's device, allocated or to be: keys and values that stay there, index, pools."""
+        pools = sum(layer.new_pool(self.dtype, torch.device("meta")).nbytes for layer in self.offloaded_layers)
+        return self.kv_nbytes - self.host_nbytes + self.index_nbytes + pools
 
     @property
     def index_nbytes(self) -> int:
@@ -318,6 +327,12 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     def nbytes(self) -> int:
         """Bytes of everything, allocated or to be."""
         return self.kv_nbytes + self.index_nbytes
+
+    @property
+    def _layer_nbytes(self) -> int:
+        """Bytes of one layer's keys and values."""
+        shape, tokens = self._shared.shape, self.batch_size * self._shared.capacity_tokens
+        return 2 * shape.n_kv_heads * shape.head_dim * tokens * self.dtype.itemsize
 
     def _layout(self) -> tuple[torch.dtype, torch.device]:
         return self._dtype or self._shared.shape.dtype, self._device or torch.device("cpu")

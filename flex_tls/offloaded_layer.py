@@ -57,16 +57,22 @@ class OffloadedLayer(TLSLayer):
     def place(self, store: HostStore, config: OffloadConfig, reader: RowReader) -> None:
         """Take a store, and allocate pool and index on the device of ``reader``, which layers share."""
         shared, device, dtype = self.shared, reader.device, store.rows.dtype
-        b, h, n, size, _, d = store.rows.shape
-        pool = DevicePool(
-            batch_size=b, n_kv_heads=h, n_slots=self.n_slots, n_blocks=n, block_size=size, head_dim=d, dtype=dtype,
-            device=device,
-        )  # fmt: skip
+        pool = self.new_pool(dtype, device)
         transfers = make_transfers(device, config)
         self.engine = LayerOffload(store, pool, config, shared.cfg.sparse_query_tokens, transfers)
         self._reader = reader
         self.index = new_index(shared, dtype, device)
         self.is_initialized = True
+
+    def new_pool(self, dtype: torch.dtype, device: torch.device) -> DevicePool:
+        """An empty pool for this layer."""
+        shared = self.shared
+        size = shared.cfg.block_size
+        return DevicePool(
+            batch_size=shared.progress.batch_size, n_kv_heads=shared.shape.n_kv_heads, n_slots=self.n_slots,
+            n_blocks=shared.capacity_tokens // size, block_size=size, head_dim=shared.shape.head_dim, dtype=dtype,
+            device=device,
+        )  # fmt: skip
 
     def release(self) -> None:
         """Give every buffer back; the layer is as new."""

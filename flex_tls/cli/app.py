@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from ..offload import OffloadConfig
 from .compare import compare
 from .evaluate import eval_app
 from .options import config, load_model, offload_config
+from .plan import make_plan, print_plan
 from .plot import plot_record
 from .report import hardware, print_comparison, print_offload, reported
 from .texts import library_source, question_about
@@ -97,6 +99,34 @@ def generate(
     cfg = config(ids.shape[1], block_budget, token_budget, block_size)
     away = offload_config(offload, gpu_blocks)
     _run(model, tokenizer, ids, cfg, new_tokens, console, json_file, plot, compare_dense, away, stats)
+
+
+@app.command()
+def plan(
+    model_name: Annotated[str, typer.Option("--model", help="Folder or hub id of a causal model; its weights stay.")],
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a row, answer included.")],
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    gpu_mem: Annotated[float | None, typer.Option(help="GB of device memory; the device's by default.")] = None,
+    host_mem: Annotated[float | None, typer.Option(help="GB of host memory; what is available by default.")] = None,
+    block_budget: BlockBudget = "8192",
+    token_budget: TokenBudget = "1024",
+    block_size: BlockSize = 64,
+    offload: Annotated[str, typer.Option(help="Policy: async, exact or corrected.")] = "async",
+    gpu_blocks: Annotated[int | None, typer.Option(min=1, help="Blocks on the device per KV head.")] = None,
+    missing: Annotated[float, typer.Option(min=0, max=1, help="Share of a step's blocks that it has to fetch.")] = 0.05,
+    json_file: JsonFile = None,
+) -> None:
+    """What a context would take with and without offload, what fits, and on CUDA the least time of a step."""
+    console = Console()
+    cfg = config(context, block_budget, token_budget, block_size)
+    away = offload_config(offload, gpu_blocks)
+    if away is None:
+        raise typer.BadParameter("expected async, exact or corrected, got none", param_hint="--offload")
+    with reported(console):
+        planned = make_plan(model_name, cfg, away, batch, context, gpu_mem, host_mem, missing)
+    print_plan(planned, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps({"machine": hardware(), **asdict(planned)}, indent=2))
 
 
 @app.command()
