@@ -70,7 +70,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         self._device = None if device is None else torch.device(device)
         # Steps that flex_tls.decode compiled, each of which holds its model; they live as long as the buffers they read
         self.compiled_steps: dict[tuple[Any, int, bool], Any] = {}
-        self.offload = offload
+        self.offload_config = offload
         away = [] if offload is None else choose_offloaded(self._shared)
         super().__init__(
             layers=[(OffloadedLayer if i in away else TLSLayer)(self._shared, i) for i in range(shape.n_layers)]
@@ -343,9 +343,9 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         try:
             # Also under a caller's inference mode, whose tensors could not be written to outside of it
             with torch.inference_mode(False):
-                if self.offload is not None:
+                if self.offload_config is not None:
                     paged_backend(self._shared.backend, device)
-                    allocate_offloaded(self.offloaded_layers, self.offload, dtype, device)
+                    allocate_offloaded(self.offloaded_layers, self.offload_config, dtype, device)
                 for layer in self.tls_layers:
                     if not layer.is_initialized:
                         layer.allocate(dtype, device)

@@ -77,7 +77,7 @@ def generate(
             f"max_new_tokens: expected room for {n_given + max_new_tokens} tokens, got a cache with "
             f"max_len={cache.max_len}; make it longer or ask for fewer tokens"
         )
-    compiled = input_ids.is_cuda and cache.offload is None if compiled is None else compiled
+    compiled = input_ids.is_cuda and cache.offload_config is None if compiled is None else compiled
     if compiled and (why := why_not_compiled(cache, input_ids.device)):
         raise ValueError(f"compiled: {why}; pass compiled=False")
     if stop_token_ids is None:
@@ -298,7 +298,7 @@ def why_not_compiled(cache: TLSCache, device: torch.device) -> str | None:
     """What keeps a cache from the compiled step on ``device``; None if nothing does."""
     if cache.cfg.index != "lowrank":
         return f"the compiled step scores token labels, index='lowrank', got index={cache.cfg.index!r}"
-    if cache.offload is not None:
+    if cache.offload_config is not None:
         return "the compiled step does not read a pool of block slots yet, which the cache's offload needs"
     if any(layer.window is not None for layer in cache.tls_layers):
         return "the compiled step has no sliding windows, which this model's layers have"

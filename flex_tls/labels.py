@@ -87,21 +87,21 @@ class TokenLabels:
         """
         if self.bits is None:
             return
-        count = center = total = None
+        count = center = total = torch.empty(0)
         for k, weight in chunks():
             w = weight[:, None, :, None].to(torch.float32)
             k32, n = k.float(), w.sum(2)
             mean = (k32 * w).sum(2) / n.clamp_min(1.0)
             centred = (k32 - mean[:, :, None]) * w
             moment = centred.transpose(-1, -2) @ centred
-            if count is None:
+            if not count.numel():
                 count, center, total = n, mean, moment
                 continue
             # Chan, Golub, LeVeque 1979: moments about each piece's own mean, joined without cancellation
             both, shift = (count + n).clamp_min(1.0), mean - center
             total = total + moment + shift[..., None] * shift[:, :, None] * (count * n / both)[..., None]
             center, count = center + shift * (n / both), count + n
-        assert count is not None
+        assert count.numel()
         count = count.clamp_min(1.0)
         ck = total / count[..., None]
         root, inverse = _roots(_moment(self.query_sum, self.query_count))

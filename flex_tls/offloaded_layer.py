@@ -37,7 +37,7 @@ WARM_QUERIES = 16
 PIECE_TOKENS = 8192
 
 
-class OffloadedLayer(TLSLayer):
+class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
     """As :class:`TLSLayer`; keys and values are in the host store, the index and some blocks on the device.
 
     A prompt's chunks go to the store and attend densely, the past streamed back in pieces. Decode steps append to the

@@ -91,8 +91,8 @@ def attend_pages(
     """
     if backend == "reference":
         tokens = tokens_from_scores(index, cfg, kept, scored.tokens)
-        whole = (pages.gathered(x)[:, :, : index.capacity_tokens] for x in (k, v))
-        out, lse = attention_reference(q, *whole, tokens, scale=scale, score_mod=score_mod, mask_mod=mask_mod)
+        keys, values = (pages.gathered(x)[:, :, : index.capacity_tokens] for x in (k, v))
+        out, lse = attention_reference(q, keys, values, tokens, scale=scale, score_mod=score_mod, mask_mod=mask_mod)
         return Attended(out, lse.float(), kept, tokens)
     arguments = (q, k, v, pages, scored.tokens, kept, index, cfg, score_mod, mask_mod, scale)
     if torch.compiler.is_compiling():

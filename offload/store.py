@@ -109,7 +109,7 @@ class HostStore:
 
 def _pin(rows: Tensor) -> Tensor:
     """Page-lock the memory where it is: PyTorch's own pinned memory comes in powers of two, up to twice the bytes."""
-    torch.cuda.init()
+    torch.cuda.init()  # type: ignore[no-untyped-call,unused-ignore]
     n_bytes = rows.numel() * rows.element_size()
     status = int(torch.cuda.cudart().cudaHostRegister(rows.data_ptr(), n_bytes, 0))  # type: ignore[no-untyped-call,unused-ignore]
     if status != 0:

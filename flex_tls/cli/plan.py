@@ -75,8 +75,9 @@ def make_plan(
             None if rates is None else _step_ms(made, weight_bytes, context, missing, *rates),
         )  # fmt: skip
 
+    read_rate, link_rate = rates or (None, None)
     return Plan(
-        batch, context, weight_bytes, gpu, host, *(rates or (None, None)), missing, placement(None), placement(offload)
+        batch, context, weight_bytes, gpu, host, read_rate, link_rate, missing, placement(None), placement(offload)
     )
 
 
@@ -134,11 +135,11 @@ def _step_ms(
     kept = min(context, cfg.block_budget if cfg.token_budget is None else cfg.token_budget)
     attended = (n_sparse * kept + (shape.n_layers - n_sparse) * context) * token_bytes
     read_s = (weight_bytes + cache.index_nbytes + attended) / read_rate
-    if cache.offload is None:
+    if cache.offload_config is None:
         return read_s * 1e3
     fetched = missing * min(context, cfg.block_budget) * token_bytes * len(cache.offloaded_layers)
     fetch_s = fetched / link_rate
-    return (read_s + fetch_s if cache.offload.policy == "exact" else max(read_s, fetch_s)) * 1e3
+    return (read_s + fetch_s if cache.offload_config.policy == "exact" else max(read_s, fetch_s)) * 1e3
 
 
 def _model(name: str) -> tuple[Any, int]:
@@ -151,7 +152,7 @@ def _model(name: str) -> tuple[Any, int]:
         raise typer.BadParameter(f"{name!r} could not be read: {error}", param_hint="--model") from error
     dtype = getattr(config, "dtype", None) or torch.get_default_dtype()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call,unused-ignore]
     return config, sum(x.numel() * x.element_size() for x in model.parameters())
 
 
@@ -167,7 +168,7 @@ def _link_rate() -> float:
 
 def _seconds(call: Callable[[], object]) -> float:
     """Median of nine calls, by the device's clock."""
-    taken = []
+    taken: list[float] = []
     for _ in range(11):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call,unused-ignore]
         start.record()
