@@ -153,7 +153,7 @@ class LayerOffload:
 
     def take_rows(self, rows: Tensor, n_tokens: int) -> None:
         """Row i becomes the former row ``rows[i]``, whose first ``n_tokens`` tokens count; the batch keeps its size."""
-        self.transfers.join()
+        self.synchronize()
         self.store.take_rows(rows.cpu(), -(-n_tokens // self.pool.block_size))
         self.pool.take_rows(rows.to(self.pool.slots.device))
 

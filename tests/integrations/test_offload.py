@@ -195,6 +195,40 @@ def test_an_interrupted_forward_leaves_the_cache_as_it_was() -> None:
         layer.opened().check_integrity()
 
 
+def test_an_interrupted_generation_goes_on() -> None:
+    model, inputs = make("qwen3"), prompts(90)
+
+    class Stops:
+        def put(self, value: Tensor) -> None:
+            self.left = getattr(self, "left", 4) - 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    want = generate(model, cache_for(model, EXACT), inputs)
+    cache = cache_for(model, EXACT)
+    with pytest.raises(KeyboardInterrupt):
+        tls.generate(
+            model, inputs["input_ids"], cache=cache, max_new_tokens=12, compiled=False, streamer=Stops()
+        )  # fmt: skip
+    n = cache.get_seq_length()
+    assert 90 < n < 101
+    rest = tls.generate(model, want[:, : n + 1], cache=cache, max_new_tokens=101 - n, compiled=False)
+    assert torch.equal(rest, want)
+
+
+def test_a_prompt_longer_than_the_store_changes_nothing() -> None:
+    model = make("llama")
+    tls.enable(model)
+    cache = cache_for(model, EXACT, max_len=60)
+    with pytest.raises(
+        ValueError, match=r"max_len: expected room for 90 tokens \(0 cached and 90 new\), got max_len=60"
+    ):
+        model(**prompts(90), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    want = cache_for(model, None, max_len=60)
+    assert torch.equal(generate(model, cache, prompts(40)), generate(model, want, prompts(40)))
+
+
 # One layer, fed by hand -------------------------------------------------------------------------------------------
 
 
