@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import cases, rows
+from . import cases, model_commands, rows
 from .plots import table
 
 ROWS = rows.ROOT / "bench" / "results" / "operator.jsonl"
@@ -107,29 +107,6 @@ def run_operator(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def run_decode(args: argparse.Namespace) -> int:
-    """Measure whole decode steps and append their rows, case by case."""
-    from transformers import AutoModelForCausalLM
-
-    from .decode import OURS, measure, qwen3
-
-    device = torch.device(args.device)
-    machine = rows.machine(device, args.commit, args.dirty)
-    print(f"{machine.gpu}, driver {machine.driver}, torch {machine.torch}, triton {machine.triton}", flush=True)
-    providers = args.providers.split(",") if args.providers else [*OURS, "transformers_static"]
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(qwen3(args.model), dtype=dtype).eval()
-    for batch_size in args.batch:
-        for context in args.context:
-            measure(model, args.model, batch_size, context, providers, args.runs, machine, args.out)
-            torch._dynamo.reset()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-    return 0
-
-
 def run_offload(args: argparse.Namespace) -> int:
     """Measure the offload engine, part by part, and append rows."""
     from . import offload
@@ -214,17 +191,6 @@ def _parser() -> argparse.ArgumentParser:
     operator.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
     operator.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
     operator.set_defaults(command=run_operator)
-    decode = run.add_parser("decode", help="one step of a whole model, random weights, by every provider")
-    decode.add_argument("--model", choices=("qwen3-8b", "qwen3-14b", "tiny"), default="qwen3-8b")
-    decode.add_argument("--batch", type=_numbers, default=[1], help="batch sizes: 1,4")
-    decode.add_argument("--context", type=_numbers, default=[98304], help="tokens cached: 256,98304")
-    decode.add_argument("--providers", help="two_level,dense,transformers_static (default all)")
-    decode.add_argument("--runs", type=int, default=50, help="samples per provider and case, at least 2")
-    decode.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    decode.add_argument("--out", type=Path, default=ROWS.with_name("decode.jsonl"))
-    decode.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
-    decode.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
-    decode.set_defaults(command=run_decode)
     offload = run.add_parser("offload", help="the offload engine: link, overlap, steps with real locality, quality")
     offload.add_argument("--parts", default="link,overlap,steps", help=",".join(OFFLOAD_PARTS))
     offload.add_argument("--batch", type=_numbers, default=[1, 4], help="steps: batch sizes")
@@ -243,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--rows", type=Path, default=ROWS)
     drawing.add_argument("--out", type=Path, help="first picture, .svg or .png; others beside it")
     drawing.set_defaults(command=plot_operator)
+    model_commands.add(run, plot, _numbers)
     return parser
 
 

@@ -1,87 +1,213 @@
 """Milliseconds of one decode step of a whole model, random weights in a real configuration.
 
-Providers take turns over the same keys and values: ours with two levels, ours with every layer dense (in the same
-compiled, captured step, by a kernel as fast as cuDNN's), and transformers' compiled static cache.
+Providers take turns over the same keys and values, which are really there: ours with two levels, ours with every layer
+dense (in the same compiled, captured step, by a kernel as fast as cuDNN's), and what transformers offers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Callable
-from pathlib import Path
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import flex_tls as tls
-from flex_tls.decode import _Loop
+from flex_tls.decode import Loop
 from flex_tls.integrations.huggingface import enabled
 
-from .rows import Machine
+from .rows import Machine, ModelRow
 from .timing import samples, spread
 
 FIT_TOKENS = 8192
 CHUNK_TOKENS = 16384
-OURS = ("two_level", "dense")
+# Tokens behind the context: what transformers' static cache appends while it is timed
+ROOM_TOKENS = 256
+TUNED = {"coordinate_descent_tuning": True}
+
+Step = Callable[[], object]
 
 
-def qwen3(name: str) -> Any:
-    """Qwen3-8B's and Qwen3-14B's configurations; "tiny" for a dry run."""
-    from transformers import Qwen3Config
+class Bed:
+    """A model and one cache for all contexts of a batch size, so that a step is compiled once."""
 
-    sizes = {
-        "qwen3-8b": (4096, 12288, 36, 32, 8, 128, 151936),
-        "qwen3-14b": (5120, 17408, 40, 40, 8, 128, 151936),
-        "tiny": (64, 96, 3, 6, 2, 16, 97),
-    }
-    hidden, inner, layers, heads, kv_heads, head_dim, vocab = sizes[name]
-    return Qwen3Config(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=vocab, max_position_embeddings=2**20,
-        tie_word_embeddings=False, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+    def __init__(self, model: Any, cfg: tls.TLSConfig, batch_size: int, longest: int) -> None:
+        self.model, self.device = model, next(model.parameters()).device
+        options: Any = {"batch_size": batch_size, "max_len": longest + ROOM_TOKENS}
+        self.sparse = tls.TLSCache(model.config, cfg, dtype=model.dtype, device=self.device, **options)
+        _fill(self.sparse, longest)
+        # Every layer dense, over the same buffers
+        cfg = dataclasses.replace(cfg, dense_layers=model.config.num_hidden_layers)
+        self.dense = tls.TLSCache(model.config, cfg, **options)
+        for layer, shared in zip(self.dense.tls_layers, self.sparse.tls_layers, strict=True):
+            layer.keys, layer.values = shared.buffers()
+            layer.is_initialized = True
+        self.dense.advance(longest)
+
+    def set_context(self, context: int) -> None:
+        """Cut both caches; contexts come from long to short."""
+        for cache in (self.sparse, self.dense):
+            cache.crop(context)
+
+    def buffers(self, length: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [B, HKV, length, D] of every layer, views."""
+        return [tuple(x[:, :, :length] for x in layer.buffers()) for layer in self.sparse.tls_layers]  # type: ignore[misc]
+
+
+def _ours(bed: Bed, *, dense: bool = False, options: Mapping[str, Any] | None = None) -> Step:
+    """One captured step; every replay decodes the same place of the context again."""
+    cache = bed.dense if dense else bed.sparse
+    ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=bed.device)
+    loop = Loop(bed.model, cache, ids, inductor_options=options, progress=True)
+    loop.start.copy_(torch.tensor(cache.seq_lens))
+    with torch.no_grad(), enabled(bed.model):
+        replay = loop.build(sparse=not dense and max(cache.seq_lens) + 1 > cache.cfg.dense_up_to_tokens)
+
+    def step() -> None:
+        if loop.token.is_cuda:
+            replay()
+        else:
+            # Nothing is captured: the model itself runs
+            with torch.no_grad(), enabled(bed.model):
+                replay()
+        loop.start -= 1
+
+    return step
+
+
+def _inputs(bed: Bed) -> dict[str, Any]:
+    b, context = bed.sparse.batch_size, bed.sparse.get_seq_length()
+    return {
+        "input_ids": torch.zeros(b, 1, dtype=torch.int64, device=bed.device),
+        "position_ids": torch.full((b, 1), context, dtype=torch.int64, device=bed.device),
+        "use_cache": True, "logits_to_keep": 1,
+    }  # fmt: skip
+
+
+def _transformers_static(bed: Bed) -> Step:
+    """transformers' fastest: static cache, ``torch.compile(mode="reduce-overhead")``, sdpa. Appends in every step."""
+    from transformers import StaticCache
+
+    context = bed.sparse.get_seq_length()
+    cache = StaticCache(config=bed.model.config, max_cache_len=context + ROOM_TOKENS)
+    for layer, (keys, values) in zip(cache.layers, bed.buffers(context + ROOM_TOKENS), strict=True):
+        layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+        layer.keys, layer.values = keys, values
+        layer.cumulative_length.fill_(context)
+        for x in (keys, values):
+            torch._dynamo.mark_static_address(x)
+    forward = torch.compile(bed.model.forward, mode="reduce-overhead", fullgraph=True)
+    inputs = _inputs(bed)
+
+    def step() -> None:
+        with torch.no_grad():
+            forward(**inputs, past_key_values=cache)
+
+    return step
+
+
+def _transformers_default(bed: Bed) -> Step:
+    """What ``generate`` does by default: dynamic cache, eager, sdpa. Every step copies keys and values, as there."""
+    from transformers import DynamicCache
+
+    inputs = _inputs(bed)
+    cache = DynamicCache(config=bed.model.config)
+    held = bed.buffers(bed.sparse.get_seq_length())
+
+    def step() -> None:
+        for layer, (keys, values) in zip(cache.layers, held, strict=True):
+            layer.keys, layer.values, layer.is_initialized = keys, values, True
+            layer.dtype, layer.device = keys.dtype, keys.device
+        if bed.device.type == "cuda":
+            # The host is what bounds it: nothing may be queued ahead
+            torch.cuda.synchronize()
+        with torch.no_grad():
+            bed.model(**inputs, past_key_values=cache)
+
+    return step
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """A way to decode. ``fused``: the model's projections are; ``copies``: how often it copies all keys and values."""
+
+    make: Callable[[Bed], Step]
+    fused: bool = False
+    copies: int = 0
+
+
+PROVIDERS = {
+    "two_level": Provider(_ours),
+    "dense": Provider(lambda bed: _ours(bed, dense=True)),
+    "two_level_tuned": Provider(lambda bed: _ours(bed, options=TUNED)),
+    "two_level_autotuned": Provider(lambda bed: _ours(bed, options={"max_autotune": True})),
+    "two_level_fused": Provider(_ours, fused=True),
+    "two_level_fused_tuned": Provider(lambda bed: _ours(bed, options=TUNED), fused=True),
+    "transformers_static": Provider(_transformers_static),
+    "transformers_default": Provider(_transformers_default, copies=1),
+}
+DEFAULT = ("two_level", "dense", "transformers_static", "transformers_default")
+
+
+def build(bed: Bed, names: Iterable[str]) -> tuple[dict[str, Step], dict[str, float], list[str]]:
+    """Steps that can be timed, the seconds that each took to build, and the names of those that failed."""
+    steps: dict[str, Step] = {}
+    seconds: dict[str, float] = {}
+    failed = []
+    for name in names:
+        needed = PROVIDERS[name].copies * bed.sparse.kv_nbytes
+        free = torch.cuda.mem_get_info()[0] if bed.device.type == "cuda" else needed
+        if free < needed:
+            print(f"  skipping {name}: needs {needed / 1e9:.0f} GB more, {free / 1e9:.0f} GB are free", flush=True)
+            continue
+        print(f"  building {name}", flush=True)
+        start = time.perf_counter()
+        try:
+            step = PROVIDERS[name].make(bed)
+            for _ in range(3):
+                step()
+            steps[name] = step
+        except Exception:  # noqa: BLE001 - one provider that cannot run must not cost the others their figures
+            traceback.print_exc()
+            failed.append(name)
+        seconds[name] = time.perf_counter() - start
+    return steps, seconds, failed
 
 
 def measure(
-    model: Any, case: str, batch_size: int, context: int, providers: list[str], runs: int, machine: Machine, out: Path
-) -> list[dict[str, Any]]:
-    """Rows of one case, appended to ``out``."""
-    device = next(model.parameters()).device
-    cfg = tls.TLSConfig() if context > 2048 else tls.TLSConfig(block_budget=512, token_budget=256)
-    room = context + 64
-    cache = tls.TLSCache(model.config, cfg, batch_size=batch_size, max_len=room, dtype=model.dtype, device=device)
-    _fill(cache, context)
-    steps: dict[str, Callable[[], object]] = {}
-    build_seconds: dict[str, float] = {}
-    kept: list[object] = []
-    for name in providers:
-        start = time.perf_counter()
-        if name in OURS:
-            steps[name], keep = _ours(model, cache, name)
-        else:
-            steps[name], keep = _transformers(model, batch_size, context)
-        kept.append(keep)
-        build_seconds[name] = time.perf_counter() - start
-    timed = samples(steps, device, runs)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    rows = []
-    for name, taken in timed.items():
-        s = spread(taken)
-        rows.append({
-            "bench": "decode", "case": case, "B": batch_size, "context": context, "provider": name,
-            "block_budget": cfg.block_budget, "token_budget": cfg.token_budget, "dense_layers": cfg.dense_layers,
-            "ms_median": s.median_us / 1e3, "ms_p10": s.p10_us / 1e3, "ms_p90": s.p90_us / 1e3,
-            "ms_p99": sorted(taken)[min(len(taken) - 1, int(0.99 * len(taken)))] / 1e3, "runs": s.runs,
-            "tokens_per_second": batch_size * 1e6 / s.median_us, "build_seconds": build_seconds[name],
-            "peak_bytes_of_case": peak, **machine._asdict(),
-        })  # fmt: skip
-        print(f"{case} B={batch_size} {context}: {name} {s.median_us / 1e3:.3f} ms", flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    return rows
+    bed: Bed, case: str, names: Iterable[str], runs: int, machine: Machine, floor_ms: float
+) -> tuple[list[ModelRow], dict[str, Step], list[str]]:
+    """Rows of providers over the bed's context, their steps, and the names of those that failed."""
+    cuda = bed.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    steps, seconds, failed = build(bed, names)
+    taken = samples(steps, bed.device, runs) if steps else {}
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    return [
+        model_row("decode", bed.model, case, bed.dense if name == "dense" else bed.sparse, bed.sparse.get_seq_length(),
+                  name, us, seconds[name], peak, floor_ms, machine, tokens=1)
+        for name, us in taken.items()
+    ], steps, failed  # fmt: skip
+
+
+def model_row(
+    bench: str, model: Any, case: str, cache: tls.TLSCache, context: int, name: str, us: list[float], build_s: float,
+    peak: int, floor_ms: float, machine: Machine, *, tokens: int,
+) -> ModelRow:  # fmt: skip
+    """The row of samples ``us``, each of which brought ``tokens`` tokens a row."""
+    s, cfg = spread(us), cache.cfg
+    return ModelRow(
+        bench=bench, case=case, B=cache.batch_size, n_layers=model.config.num_hidden_layers, context=context,
+        max_len=cache.max_len, provider=name, block_budget=cfg.block_budget, token_budget=cfg.token_budget,
+        dense_layers=cfg.dense_layers, dtype=str(model.dtype).removeprefix("torch."), ms_median=s.median_us / 1e3,
+        ms_p10=s.p10_us / 1e3, ms_p90=s.p90_us / 1e3, ms_p99=sorted(us)[int(0.99 * (len(us) - 1) + 0.5)] / 1e3,
+        runs=s.runs, tokens_per_second=tokens * cache.batch_size * 1e6 / s.median_us, weights_floor_ms=floor_ms,
+        build_seconds=build_s, peak_bytes=peak, **machine._asdict(),
+    )  # fmt: skip
 
 
 def _fill(cache: tls.TLSCache, context: int) -> None:
@@ -95,51 +221,3 @@ def _fill(cache: tls.TLSCache, context: int) -> None:
                 tokens = slice(first, min(first + CHUNK_TOKENS, context))
                 labels.codes[..., tokens] = labels.encode(keys[:, :, tokens])
     cache.advance(context)
-
-
-def _ours(model: Any, cache: tls.TLSCache, name: str) -> tuple[Callable[[], object], object]:
-    """One captured step; every replay decodes the same place of the context again."""
-    if name != "two_level":
-        dense = tls.TLSCache(
-            model.config, dataclasses.replace(cache.cfg, dense_layers=model.config.num_hidden_layers),
-            batch_size=cache.batch_size, max_len=cache.max_len,
-        )  # fmt: skip
-        for layer, shared in zip(dense.tls_layers, cache.tls_layers, strict=True):
-            layer.keys, layer.values, layer.is_initialized = shared.keys, shared.values, True
-        dense.advance(cache.get_seq_length())
-        cache = dense
-    ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=next(model.parameters()).device)
-    loop = _Loop(model, cache, tls.Sampling(), ids, [], None, None)
-    loop.start.copy_(torch.tensor(cache.seq_lens))
-    with torch.no_grad(), enabled(model):
-        replay = loop._build(sparse=name == "two_level")
-
-    def step() -> None:
-        if loop.token.is_cuda:
-            replay()
-        else:
-            # Nothing is captured: the model itself runs
-            with torch.no_grad(), enabled(model):
-                replay()
-        loop.start -= 1
-
-    return step, (loop, cache)
-
-
-def _transformers(model: Any, batch_size: int, context: int) -> tuple[Callable[[], object], object]:
-    """What transformers offers: static cache, ``torch.compile(mode="reduce-overhead")``, sdpa."""
-    from transformers import StaticCache
-
-    device = next(model.parameters()).device
-    cache = StaticCache(config=model.config, max_cache_len=context + 64)
-    forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-    token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-    position = torch.full((batch_size, 1), context, dtype=torch.int64, device=device)
-
-    def step() -> None:
-        with torch.no_grad():
-            forward(token, position_ids=position, past_key_values=cache, use_cache=True)
-
-    for _ in range(3):
-        step()
-    return step, cache

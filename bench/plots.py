@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .cases import SUITES
-from .rows import Row
+from .rows import Measured, ModelRow, Row
 
 # Ours in warm colours, dense kernels in blues, other sparse methods in greens and greys
 COLOURS = {
@@ -227,7 +227,7 @@ def _bars(axes: Axes, ordered: Sequence[Row]) -> None:
 
 def _signed(figure: Figure, title: str, rows: Sequence[Row]) -> Figure:
     figure.suptitle(title, fontsize=11)
-    figure.supxlabel(_provenance(rows), fontsize=7)
+    figure.supxlabel(provenance(rows), fontsize=7)
     return figure
 
 
@@ -254,11 +254,12 @@ def _best_dense(rows: Sequence[Row]) -> float | None:
     return min((row.median_us for row in rows if row.provider.startswith("sdpa_")), default=None)
 
 
-def _provenance(rows: Sequence[Row]) -> str:
+def provenance(rows: Sequence[Measured]) -> str:
+    """Where, when and on what the rows were measured, for below a picture."""
     newest = max(rows, key=lambda row: row.date)
     commits = ", ".join(dict.fromkeys(row.commit[:9] + ("+changes" if row.dirty else "") for row in rows))
-    fewest = min(row.runs for row in rows)
+    runs = [row.runs for row in rows if isinstance(row, (Row, ModelRow))]
     return (
         f"{newest.gpu}, driver {newest.driver}, torch {newest.torch}, triton {newest.triton}; commit {commits}; "
-        f"{newest.date[:10]}; medians of at least {fewest} runs"
+        f"{newest.date[:10]}" + (f"; medians of at least {min(runs)} runs" if runs else "")
     )

@@ -11,20 +11,62 @@ import subprocess
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_origin, get_type_hints
 
 import torch
+
+from flex_tls import jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+R = TypeVar("R", bound="Measured")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One provider's time in one case. B, HQ, HKV, D, S as in docs/design.md; budgets in tokens per KV head."""
+class Measured:
+    """What every row says: which bench, which case, who was measured, where and on which commit."""
 
     bench: str
     case: str
     B: int
+    provider: str
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    commit: str
+    dirty: bool
+    date: str
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            plain = get_origin(kind) if get_origin(kind) in (dict, list) else kind
+            fits = type(value) is int if plain is int else isinstance(value, plain)
+            if not fits:
+                raise TypeError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value}")
+
+    @classmethod
+    def from_dict(cls: type[R], found: dict[str, Any]) -> R:
+        """The row of these fields; raises ValueError for ones that are missing or unknown."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        missing, unknown = sorted(names - found.keys()), sorted(found.keys() - names)
+        if missing or unknown:
+            raise ValueError(f"missing {missing}, unknown {unknown}")
+        return cls(**found)
+
+    def to_json(self) -> str:
+        """The row as one JSON line, without the line's end."""
+        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row(Measured):
+    """One provider's time in one case. B, HQ, HKV, D, S as in docs/design.md; budgets in tokens per KV head."""
+
     HQ: int
     HKV: int
     D: int
@@ -33,7 +75,6 @@ class Row:
     block_budget: int
     token_budget: int | None
     dtype: str
-    provider: str
     # "attention": the selection is given; "total": it is part of what is timed
     stage: str
     median_us: float
@@ -47,36 +88,57 @@ class Row:
     floor_us: float
     # ||out - ref|| / ||ref||, ref in float64 over the same tokens; the worst of the input sets
     rel_error: float
-    gpu: str
-    driver: str
-    torch: str
-    triton: str
-    commit: str
-    dirty: bool
-    date: str
 
-    def __post_init__(self) -> None:
-        for name, kind in get_type_hints(Row).items():
-            value = getattr(self, name)
-            fits = type(value) is int if kind is int else isinstance(value, kind)
-            if not fits:
-                raise TypeError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name}: expected a finite number, got {value}")
 
-    @classmethod
-    def from_json(cls, line: str) -> Row:
-        """The row of one JSON line; raises ValueError for fields that are missing or unknown."""
-        found: dict[str, Any] = json.loads(line)
-        names = {field.name for field in dataclasses.fields(cls)}
-        missing, unknown = sorted(names - found.keys()), sorted(found.keys() - names)
-        if missing or unknown:
-            raise ValueError(f"row: expected the fields of bench.rows.Row, missing {missing}, unknown {unknown}")
-        return cls(**found)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelRow(Measured):
+    """One provider's time for a whole model: a decode step (bench "decode") or a prompt (bench "prefill").
 
-    def to_json(self) -> str:
-        """The row as one JSON line, without the line's end."""
-        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+    ``case`` is the model, ``context`` the tokens that are cached, or read.
+    """
+
+    n_layers: int
+    context: int
+    # Tokens that our cache was made for, and its budgets per KV head
+    max_len: int
+    block_budget: int
+    token_budget: int | None
+    dense_layers: int
+    dtype: str
+    ms_median: float
+    ms_p10: float
+    ms_p90: float
+    ms_p99: float
+    runs: int
+    # Decoded or read, all rows together
+    tokens_per_second: float
+    # Bytes of the weights that one token reads, over the read bandwidth measured in the same run; None in older rows
+    weights_floor_ms: float | None
+    # Until the provider could be timed: compilation and capture
+    build_seconds: float
+    # Of the process, while this case's providers were built and timed together
+    peak_bytes: int
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Two rows of one key measured the same thing on the same commit."""
+        return (
+            self.gpu, self.commit, self.bench, self.case, self.n_layers, self.B, self.context, self.block_budget,
+            self.token_budget, self.provider,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageRow(Measured):
+    """Where the time of one decode step goes, by the profiler."""
+
+    n_layers: int
+    context: int
+    # Microseconds and kernels of each stage in one step, means over several
+    stage_us: dict[str, float]
+    stage_kernels: dict[str, float]
+    # The kernels of one layer in the middle: stage, start and duration in microseconds
+    layer: list[list[Any]]
 
 
 class Machine(NamedTuple):
@@ -91,17 +153,14 @@ class Machine(NamedTuple):
     date: str
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
+def append(path: Path, rows: Iterable[Measured]) -> None:
     """Add rows to a JSONL file; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(row.to_json() + "\n" for row in rows)
+    jsonl.append(path, rows)
 
 
-def read(path: Path) -> list[Row]:
-    """Every row of a JSONL file, in order; a bad line is named in the error."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+def read(path: Path, kind: type[R] = Row) -> list[R]:  # type: ignore[assignment]
+    """Every row of a JSONL file, in order, none if there is no file; a bad line is named in the error."""
+    return jsonl.read(path, kind.from_dict, f"expected the fields of bench.rows.{kind.__name__}")
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
@@ -130,13 +189,6 @@ def machine(device: torch.device, commit: str | None = None, dirty: bool = False
         dirty=dirty,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
-
-
-def _parsed(line: str, place: str) -> Row:
-    try:
-        return Row.from_json(line)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{place}: {error}") from error
 
 
 def _git_state() -> tuple[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ from .selection import BlockSelection, TokenSelection, select_blocks, select_tok
 if TYPE_CHECKING:
     from .cache import TLSCache
     from .decode import generate
+    from .explanation import explain
     from .integrations.huggingface import disable, enable
+    from .integrations.projections import fuse_projections, unfuse_projections
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,25 +37,30 @@ __all__ = [
     "TokenSelection",
     "disable",
     "enable",
+    "explain",
+    "fuse_projections",
     "generate",
     "select_blocks",
     "select_tokens",
     "two_level_attention",
+    "unfuse_projections",
 ]
+
+
+# Names that need transformers, and where they are
+_LAZY = {
+    "TLSCache": ".cache",
+    "disable": ".integrations.huggingface",
+    "enable": ".integrations.huggingface",
+    "explain": ".explanation",
+    "fuse_projections": ".integrations.projections",
+    "generate": ".decode",
+    "unfuse_projections": ".integrations.projections",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Load what needs transformers only when asked for: ``import flex_tls`` needs torch alone."""
-    if name == "TLSCache":
-        from .cache import TLSCache
-
-        return TLSCache
-    if name == "generate":
-        from .decode import generate
-
-        return generate
-    if name in ("enable", "disable"):
-        from .integrations import huggingface
-
-        return getattr(huggingface, name)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

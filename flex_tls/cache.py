@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from .attention import Backend, check_backend, resolve_backend
 from .cache_layer import Shared, TLSLayer, new_index
 from .config import TLSConfig
 from .fused import why_not_here
+from .memory import free_bytes, longest_that_fits
 from .model_config import ModelShape, read_model_config
 from .offload import LayerStats, OffloadConfig
 from .offloaded_layer import OffloadedLayer, allocate_offloaded, choose_offloaded, size_pools
@@ -44,8 +46,9 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
 
     Raises:
         ValueError: a model that is not supported, a length or batch size below 1, a pool too small for a step.
-        MemoryError: the buffers do not fit device or host; says how many bytes they need. Buffers are allocated here if
-            ``dtype`` and ``device`` are given, else by the first forward.
+        MemoryError: the buffers do not fit device or host; says how many bytes they need, how many are free, and the
+            longest length that fits. Nothing has been allocated then. Buffers are allocated here if ``dtype`` and
+            ``device`` are given, else by the first forward.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         self._dtype = dtype
         self._device = None if device is None else torch.device(device)
         # Steps that flex_tls.decode compiled, each of which holds its model; they live as long as the buffers they read
-        self.compiled_steps: dict[tuple[Any, int, bool], Any] = {}
+        self.compiled_steps: dict[tuple[Any, ...], Any] = {}
         self.offload_config = offload
         away = [] if offload is None else choose_offloaded(self._shared)
         super().__init__(
@@ -150,6 +153,8 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         """Drop the last ``-tokens_to_remove`` columns; a positive number keeps that many, as in older transformers."""
         self._settle()
         progress = self._shared.progress
+        # Assisted generation counts in tensors
+        tokens_to_remove = int(tokens_to_remove)
         length = tokens_to_remove if tokens_to_remove > 0 else max(progress.length + tokens_to_remove, 0)
         if length >= progress.length:
             return
@@ -279,12 +284,17 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     @property
     def dtype(self) -> torch.dtype:
         """Of keys and values, allocated or to be."""
-        return self._layout()[0]
+        return self._dtype or self.shape.dtype
 
     @property
-    def device(self) -> torch.device:
-        """The model's, of the buffers that are allocated or to be."""
-        return self._layout()[1]
+    def device(self) -> torch.device | None:
+        """Of the buffers; None if nobody has said it yet."""
+        return self._device
+
+    @property
+    def backend(self) -> Backend:
+        """Of :func:`flex_tls.two_level_attention`, as it was asked for."""
+        return self._shared.backend
 
     @property
     def max_len(self) -> int:
@@ -304,42 +314,58 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     @property
     def kv_nbytes(self) -> int:
         """Bytes of all keys and values, allocated or to be, wherever they are."""
-        return self._shared.shape.n_layers * self._layer_nbytes
+        return self._bytes(self.max_len)[0]
 
     @property
     def host_nbytes(self) -> int:
         """Bytes of the keys and values in host memory, allocated or to be; 0 without offload."""
-        return len(self.offloaded_layers) * self._layer_nbytes
+        return self.kv_nbytes * len(self.offloaded_layers) // self.shape.n_layers
 
     @property
     def device_nbytes(self) -> int:
         """Bytes on the model's device, allocated or to be: keys and values that stay there, index, pools."""
-        pools = sum(layer.new_pool(self.dtype, torch.device("meta")).nbytes for layer in self.offloaded_layers)
-        return self.kv_nbytes - self.host_nbytes + self.index_nbytes + pools
+        return self._device_bytes(self.max_len, self.dtype)
 
     @property
     def index_nbytes(self) -> int:
         """Bytes of all indexes, allocated or to be."""
-        n_indexed = max(self._shared.shape.n_layers - self._shared.cfg.dense_layers, 0)
-        return n_indexed * new_index(self._shared, self._layout()[0], torch.device("meta")).nbytes
+        return self._bytes(self.max_len)[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything, allocated or to be."""
-        return self.kv_nbytes + self.index_nbytes
+        return sum(self._bytes(self.max_len))
 
-    @property
-    def _layer_nbytes(self) -> int:
-        """Bytes of one layer's keys and values."""
-        shape, tokens = self._shared.shape, self.batch_size * self._shared.capacity_tokens
-        return 2 * shape.n_kv_heads * shape.head_dim * tokens * self.dtype.itemsize
+    def _bytes(self, max_len: int, dtype: torch.dtype | None = None) -> tuple[int, int]:
+        """Bytes of keys and values, and of the indexes, of a cache like this one for ``max_len`` tokens."""
+        shared, shape = replace(self._shared, max_len=max_len), self._shared.shape
+        dtype = dtype or self.dtype
+        tokens = self.batch_size * shared.capacity_tokens
+        kv = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * tokens * dtype.itemsize
+        n_indexed = max(shape.n_layers - shared.cfg.dense_layers, 0)
+        return kv, n_indexed * new_index(shared, dtype, torch.device("meta")).nbytes
 
-    def _layout(self) -> tuple[torch.dtype, torch.device]:
-        return self._dtype or self._shared.shape.dtype, self._device or torch.device("cpu")
+    def _device_bytes(self, max_len: int, dtype: torch.dtype) -> int:
+        """Bytes on the model's device of a cache like this one for ``max_len`` tokens, pools as they are."""
+        kv, index = self._bytes(max_len, dtype)
+        away = self.offloaded_layers
+        pools = sum(layer.new_pool(dtype, torch.device("meta")).nbytes for layer in away)
+        return kv - kv * len(away) // self.shape.n_layers + index + pools
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         resolve_backend(self._shared.backend, device, why_not_here(device))
-        self._dtype, self._device = dtype, device
+        index = self._bytes(self.max_len, dtype)[1]
+        if self.offload_config is not None:
+            size_pools(self.offloaded_layers, self.offload_config, dtype)
+        total = self._device_bytes(self.max_len, dtype)
+        needed = f"TLSCache: {total:,} bytes needed on {device} ({total - index:,} for keys and values, {index:,} for the index)"
+        room = free_bytes(device)
+        if room is not None and total > room:
+            fits = longest_that_fits(lambda n: self._device_bytes(n, dtype), room, self.max_len)
+            way = f"max_len={fits} is the longest that fits" if fits else "no length fits"
+            raise MemoryError(
+                f"{needed}, {room:,} are free; {way} with batch_size={self.batch_size}, got max_len={self.max_len}"
+            )
         try:
             # Also under a caller's inference mode, whose tensors could not be written to outside of it
             with torch.inference_mode(False):
@@ -357,10 +383,10 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
             if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise
             raise MemoryError(
-                f"TLSCache: {self.nbytes:,} bytes needed on {device} ({self.kv_nbytes:,} for keys and values, "
-                f"{self.index_nbytes:,} for the index), which could not be allocated; lower max_len "
-                f"({self._shared.max_len}) or batch_size ({self.batch_size})"
+                f"{needed}, which could not be allocated; lower max_len ({self.max_len}) or batch_size "
+                f"({self.batch_size})"
             ) from error
+        self._dtype, self._device = dtype, device
 
     def _settle(self) -> None:
         """Undo a forward that did not reach the last layer."""

@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .attention import Attended, Backend, attend
 from .config import TLSConfig
-from .dense import causal_attention, dense_attention
+from .dense import causal_attention, chunk_attention, dense_attention
 from .index import KeyChunks, KVIndex
 from .model_config import ModelShape
 from .mods import MaskMod
@@ -148,6 +148,21 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             progress.commit()
         return out
 
+    def why_dense(self, n_new: int, longest: int) -> str | None:
+        """Why ``n_new`` tokens that make the longest row ``longest`` attend densely; None if they select."""
+        cfg, reach = self.shared.cfg, self.reach(longest)
+        if self.layer_idx < cfg.dense_layers:
+            return f"dense_layers={cfg.dense_layers}: the first layers stay dense"
+        if n_new > cfg.sparse_query_tokens:
+            return f"{n_new:,} query tokens, more than sparse_query_tokens={cfg.sparse_query_tokens}"
+        if reach <= cfg.dense_up_to_tokens:
+            return f"the budgets hold all {reach:,} tokens that a query sees"
+        return None
+
+    def reach(self, longest: int) -> int:
+        """Tokens that a query can see in a row of ``longest``."""
+        return longest if self.window is None else min(longest, self.window)
+
     def buffers(self) -> tuple[Tensor, Tensor]:
         """All keys and values, [B, HKV, S, D]."""
         return cast(Tensor, self.keys), cast(Tensor, self.values)
@@ -254,11 +269,11 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         keys = self.buffers()[0]
         decoding = step.n_new <= cfg.sparse_query_tokens
         recorder = shared.recorder if decoding else None
-        reach = step.longest if self.window is None else min(step.longest, self.window)
+        reach = self.reach(step.longest)
         n_read = step.n_new * sum(min(n, reach) for n in step.lens_after)
         if recorder is not None and self.layer_idx == 0:
             recorder.count_tokens(step.n_new * len(step.lens_after))
-        if not decoding or index is None or not index.fitted_tokens or reach <= cfg.dense_up_to_tokens:
+        if index is None or not index.fitted_tokens or self.why_dense(step.n_new, step.longest) is not None:
             if recorder is not None:
                 recorder.add_dense(n_read, 2 * keys.shape[1] * keys.shape[3] * keys.element_size())
             return self._attend_all(q, step, scale)
@@ -275,6 +290,8 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
 
     def _attend_all(self, q: Tensor, step: Step, scale: float) -> Tensor:
         """Attention to every token."""
+        if step.n_new > self.shared.cfg.sparse_query_tokens and self.window is None:
+            return chunk_attention(q, *self.buffers(), step.lens_after, scale=scale)
         keys, values = (x[:, :, : step.longest] for x in self.buffers())
         same = len(set(step.lens_after)) == 1
         return dense_attention(q, keys, values, step.seq_lens, scale=scale, window=self.window, same_length=same)

@@ -6,7 +6,7 @@ behind, so that the host never stalls it.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 from typing import Any
@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._code import with_own_code
 from .cache import TLSCache
 from .cache_layer import TLSLayer
+from .capture import captured
 from .fused import why_not_here
 from .integrations.huggingface import STEP, enabled, end_of_sequence_ids
+from .lookup import lookup_steps
+from .notice import clock
+from .prefill import read_prompt
 from .sampling import Sampling
 from .static import decode_layer
+from .stopping import Stops
 
-PREFILL_CHUNK_TOKENS = 4096
 # Steps that may be under way before the host looks at the oldest one's tokens
 LAG = 4
 
@@ -35,10 +40,14 @@ def generate(
     max_new_tokens: int = 256,
     sampling: Sampling | None = None,
     stop_token_ids: int | list[int] | None = None,
+    stop_strings: str | Sequence[str] = (),
+    tokenizer: Any = None,
     pad_token_id: int | None = None,
     seed: int | None = None,
     streamer: Any = None,
     compiled: bool | None = None,
+    prompt_lookup_tokens: int = 0,
+    inductor_options: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Continue ``input_ids`` with ``model``; greedy output is that of ``model.generate`` with the same cache.
@@ -52,12 +61,18 @@ def generate(
         max_new_tokens: most tokens a row gets.
         sampling: greedy by default.
         stop_token_ids: end a row; the model's end-of-sequence tokens by default, an empty list for none.
+        stop_strings: end a row too, at the token that completes one, which is kept, as by transformers.
+        tokenizer: the model's, for ``stop_strings``.
         pad_token_id: fills rows that ended; the model's, or its first stop token, by default.
         seed: of the sampling; torch's own generator by default.
         streamer: with ``put(int64 [B])`` per step and ``end()``, as transformers' streamers; a few steps behind.
-        compiled: one compiled step, on CUDA one graph; by default on CUDA without offload. False runs the
-            model's own forward.
-        progress: show a progress bar of the prefill.
+        compiled: one compiled step, on CUDA one graph; by default on CUDA without offload. False runs the model's own
+            forward.
+        prompt_lookup_tokens: speculate: draft up to this many tokens from earlier in the text and check them in one
+            forward, for one row. The output is the same. Not compiled.
+        inductor_options: ``options`` of ``torch.compile`` for the step, as ``{"coordinate_descent_tuning": True}``; a
+            longer compilation for a faster step. They may change how sums are rounded.
+        progress: show a progress bar of the prefill, and how long the step has been compiling.
 
     Returns:
         int64 [B, S + n], n at most ``max_new_tokens``; the cache holds all but the last token.
@@ -77,38 +92,47 @@ def generate(
             f"max_new_tokens: expected room for {n_given + max_new_tokens} tokens, got a cache with "
             f"max_len={cache.max_len}; make it longer or ask for fewer tokens"
         )
-    compiled = input_ids.is_cuda and cache.offload_config is None if compiled is None else compiled
-    if compiled and (why := why_not_compiled(cache, input_ids.device)):
+    drafted = prompt_lookup_tokens
+    by_default = input_ids.is_cuda and not drafted and cache.offload_config is None
+    compiled = by_default if compiled is None else compiled
+    if compiled and (why := "prompt lookup is not compiled" if drafted else why_not_compiled(cache, input_ids.device)):
         raise ValueError(f"compiled: {why}; pass compiled=False")
+    _check_drafts(drafted, cache)
+    check_options(inductor_options)
     if stop_token_ids is None:
         stop_token_ids = end_of_sequence_ids(model)
-    stops = [stop_token_ids] if isinstance(stop_token_ids, int) else stop_token_ids
-    loop = _Loop(model, cache, sampling or Sampling(), input_ids, stops, pad_token_id, seed)
+    stop_ids = [stop_token_ids] if isinstance(stop_token_ids, int) else stop_token_ids
+    strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    loop = Loop(
+        model, cache, input_ids, sampling, Stops(input_ids, stop_ids, strings, tokenizer), pad_token_id=pad_token_id,
+        seed=seed, inductor_options=inductor_options, progress=progress,
+    )  # fmt: skip
     with torch.no_grad(), enabled(model):
-        loop.prefill(input_ids, attention_mask, progress)
-        steps = loop.compiled_steps(max_new_tokens - 1) if compiled else loop.eager_steps(max_new_tokens - 1)
-        new = _collect(steps, loop, streamer)
+        loop.next(read_prompt(model, cache, input_ids, attention_mask, progress=progress))
+        n = max_new_tokens - 1
+        steps = (
+            loop.compiled_steps(n) if compiled else lookup_steps(loop, input_ids, n, drafted) if drafted
+            else loop.eager_steps(n)
+        )  # fmt: skip
+        new = _collect(loop, steps, streamer).to(input_ids.device)
     cache.crop(n_given + new.shape[1] - 1)
     return torch.cat([input_ids, new], dim=1)
 
 
-def _collect(steps: Generator[Tensor, None, None], loop: _Loop, streamer: Any) -> Tensor:
+def _collect(loop: Loop, steps: Generator[Tensor, None, None], streamer: Any) -> Tensor:
     """Tokens int64 [B, n] of the prompt's own logits and of ``steps``, until all rows have ended."""
-    ended = torch.zeros(loop.token.shape[0], dtype=torch.bool)
-    rows: list[Tensor] = []
-    stops = loop.stops.cpu()
+    tokens: list[Tensor] = []
     # Closed, however this ends, the steps account for what they ran ahead
     with closing(steps):
-        for token in chain([loop.token[:, 0].to("cpu", copy=True)], steps):
-            rows.append(token)
+        for token, ended in chain([loop.report.to("cpu", copy=True)], steps):
+            tokens.append(token)
             if streamer is not None:
                 streamer.put(token)
-            ended |= torch.isin(token, stops)
             if bool(ended.all()):
                 break
     if streamer is not None:
         streamer.end()
-    return torch.stack(rows, 1).to(loop.token.device)
+    return torch.stack(tokens, 1)
 
 
 class _Step:
@@ -135,55 +159,48 @@ class _Step:
         )  # fmt: skip
 
 
-class _Loop:
-    """Decoding state on the device: the next token [B, 1], lengths [B], rows that ended [B]."""
+class Loop:
+    """Decoding state on the device.
+
+    Attributes:
+        token: int64 [B, 1], the next token.
+        start: int64 [B], tokens that each row holds.
+        ended: bool [B], rows that ended.
+        report: int64 [2, B], what the host reads of a step: its token, and whether the row has ended.
+        seen: bool [B, V], tokens that occurred; None unless sampling asks for it.
+    """
 
     def __init__(
-        self, model: Any, cache: TLSCache, sampling: Sampling, ids: Tensor, stops: list[int], pad: int | None,
-        seed: int | None,
+        self, model: Any, cache: TLSCache, ids: Tensor, sampling: Sampling | None = None, stops: Stops | None = None, *,
+        pad_token_id: int | None = None, seed: int | None = None, inductor_options: Mapping[str, Any] | None = None,
+        progress: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.cache, self.sampling = model, cache, sampling
+        self.model, self.cache, self.sampling = model, cache, sampling or Sampling()
+        self.stops = stops or Stops(ids, [])
+        self.options, self.progress = dict(inductor_options or {}), progress
         device, b = ids.device, ids.shape[0]
         self.token = torch.zeros(b, 1, dtype=torch.int64, device=device)
         self.start = torch.zeros(b, dtype=torch.int64, device=device)
         self.ended = torch.zeros(b, dtype=torch.bool, device=device)
-        self.stops = torch.tensor(stops, dtype=torch.int64, device=device)
-        config = model.generation_config
-        own = config.pad_token_id if isinstance(config.pad_token_id, int) else None
-        self.pad = pad if pad is not None else own if own is not None else stops[0] if stops else 0
+        self.report = torch.zeros(2, b, dtype=torch.int64, device=device)
+        own, first = model.generation_config.pad_token_id, self.stops.token_ids[:1].tolist()
+        choices = [pad_token_id, own if isinstance(own, int) else None, *first, 0]
+        self.pad: int = next(x for x in choices if x is not None)
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         self.seen: Tensor | None = None
-        if sampling.repetition_penalty != 1.0:
+        if self.sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(b, model.config.vocab_size, dtype=torch.bool, device=device)
             self.seen.scatter_(1, ids, True)
 
-    def prefill(self, ids: Tensor, mask: Tensor | None, progress: bool) -> None:
-        """Read what the cache does not hold yet, and draw the first token."""
-        first, n = self.cache.get_seq_length(), ids.shape[1]
-        # Rows without a token in a chunk would spoil it: padding and the first tokens go together
-        pad = 0 if mask is None else int((mask == 0).sum(1).max())
-        ends = [*range(max(first, pad) + PREFILL_CHUNK_TOKENS, n, PREFILL_CHUNK_TOKENS), n]
-        bar = _progress(n - first, progress)
-        for end in ends:
-            logits = self.model(
-                ids[:, first:end], attention_mask=None if mask is None else mask[:, :end],
-                position_ids=_positions(mask, first, end, ids), past_key_values=self.cache, use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]  # fmt: skip
-            bar.update(end - first)
-            first = end
-        bar.close()
-        self._next(logits)
-
     def eager_steps(self, n: int) -> Generator[Tensor, None, None]:
-        """``n`` steps of the model's own forward; yields tokens int64 [B] on the host."""
+        """``n`` steps of the model's own forward; yields each one's report int64 [2, B] on the host."""
         for _ in range(n):
             position = torch.tensor(self.cache.seq_lens, device=self.token.device)[:, None]
             logits = self.model(
                 self.token, position_ids=position, past_key_values=self.cache, use_cache=True, logits_to_keep=1
             ).logits[:, -1]  # fmt: skip
-            self._next(logits)
-            yield self.token[:, 0].to("cpu", copy=True)
+            self.next(logits)
+            yield self.report.to("cpu", copy=True)
 
     def compiled_steps(self, n: int) -> Generator[Tensor, None, None]:
         """As :meth:`eager_steps`, compiled; on CUDA the host is up to LAG steps behind the device."""
@@ -203,57 +220,41 @@ class _Loop:
                         cache.refit_if_outgrown()
                         refit_at = cache.refit_at_tokens
                     if run is None or now_sparse != sparse:
-                        run, sparse = self._build(now_sparse), now_sparse
+                        run, sparse = self.build(now_sparse), now_sparse
                     run()
                     done += 1
                     longest += 1
-                    waiting.append(_to_host(self.token))
+                    waiting.append(_to_host(self.report))
                 if done == n or len(waiting) > LAG:
-                    token, event = waiting.pop(0)
+                    report, event = waiting.pop(0)
                     if event is not None:
                         event.synchronize()
-                    yield token[:, 0]
+                    yield report
         finally:
             cache.advance(done - counted)
 
-    def _next(self, logits: Tensor) -> None:
+    def next(self, logits: Tensor) -> None:
         """Draw from logits [B, V] and note the token."""
         token = self.sampling.draw(logits, self.seen, self.generator)
         token = torch.where(self.ended, self.pad, token)
         self.token.copy_(token[:, None])
-        self.ended |= torch.isin(token, self.stops)
+        self.ended |= self.stops.ends(token)
+        self.report.copy_(torch.stack([token, self.ended.long()]))
         if self.seen is not None:
             self.seen.scatter_(1, self.token, True)
 
-    def _build(self, sparse: bool) -> Any:
+    def build(self, sparse: bool) -> Callable[[], None]:
         """A function that runs one step: compiled, and on CUDA one graph replay."""
-        step = DecodeStep.of(self.model, self.cache, sparse)
+        step = DecodeStep.of(self.model, self.cache, sparse, self.options)
 
         def run() -> None:
-            self._next(step(self.token, self.start))
+            self.next(step(self.token, self.start, self.progress))
             self.start += 1
 
         if not self.token.is_cuda:
             return run
-        # Warm-up writes where the first step will write again; what it draws is taken back
-        state = [self.token, self.start, self.ended] + ([] if self.seen is None else [self.seen])
-        kept = [x.clone() for x in state]
-        randomness = None if self.generator is None else self.generator.get_state()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call,unused-ignore]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                run()
-                for x, old in zip(state, kept, strict=True):
-                    x.copy_(old)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        if self.generator is not None and randomness is not None:
-            self.generator.set_state(randomness)
-            graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay
+        state = [self.token, self.start, self.ended, self.report, self.seen, self.stops.tail]
+        return captured(run, [x for x in state if x is not None], self.generator)
 
 
 class DecodeStep:
@@ -262,7 +263,7 @@ class DecodeStep:
     ``start``: tokens that each row holds. Writes keys, values and labels at that place, and counts nothing.
     """
 
-    def __init__(self, model: Any, cache: TLSCache, sparse: bool) -> None:
+    def __init__(self, model: Any, cache: TLSCache, sparse: bool, options: Mapping[str, Any] | None = None) -> None:
         layers = cache.tls_layers
         keys = layers[0].buffers()[0]
         arrivals = torch.zeros(keys.shape[0] * keys.shape[1], dtype=torch.int32, device=keys.device)
@@ -276,21 +277,25 @@ class DecodeStep:
             logits: Tensor = out.logits[:, -1]
             return logits
 
-        self.forward = torch.compile(forward, fullgraph=True, dynamic=False)
+        self.forward = torch.compile(
+            with_own_code(forward), fullgraph=True, dynamic=False, options=dict(options or {})
+        )  # fmt: skip
+        self.has_run = False
 
     @classmethod
-    def of(cls, model: Any, cache: TLSCache, sparse: bool) -> DecodeStep:
+    def of(cls, model: Any, cache: TLSCache, sparse: bool, options: Mapping[str, Any] | None = None) -> DecodeStep:
         """The cache's own step for ``model``: the next turn finds it compiled."""
-        key = (model, cache.batch_size, sparse)
+        key = (model, cache.batch_size, sparse, repr(sorted((options or {}).items())))
         step: DecodeStep | None = cache.compiled_steps.get(key)
         if step is None:
-            step = cache.compiled_steps[key] = cls(model, cache, sparse)
+            step = cache.compiled_steps[key] = cls(model, cache, sparse, options)
         return step
 
-    def __call__(self, token: Tensor, start: Tensor) -> Tensor:
-        """Logits [B, V] of the tokens after ``token``."""
-        with torch.no_grad():
+    def __call__(self, token: Tensor, start: Tensor, progress: bool = False) -> Tensor:
+        """Logits [B, V] of the tokens after ``token``. The first call compiles; ``progress`` shows for how long."""
+        with torch.no_grad(), clock("compiling the step", progress and not self.has_run):
             logits: Tensor = self.forward(token, start)
+        self.has_run = True
         return logits
 
 
@@ -305,26 +310,31 @@ def why_not_compiled(cache: TLSCache, device: torch.device) -> str | None:
     return why_not_here(device)
 
 
-def _to_host(token: Tensor) -> tuple[Tensor, Any]:
+def check_options(options: Mapping[str, Any] | None) -> None:
+    """Raise ValueError for ``inductor_options`` that Inductor does not know."""
+    try:
+        torch.compile(lambda: None, options=dict(options or {}))
+    except RuntimeError as error:
+        raise ValueError(f"inductor_options: expected options of torch.compile, got {options}: {error}") from error
+
+
+def _check_drafts(n: int, cache: TLSCache) -> None:
+    most = cache.cfg.sparse_query_tokens - 1
+    if not 0 <= n <= most:
+        raise ValueError(
+            f"prompt_lookup_tokens: expected 0 to {most}, so that drafts and their token are a step of at most "
+            f"sparse_query_tokens={most + 1}, got {n}; a longer chunk attends densely"
+        )
+    if n and cache.batch_size != 1:
+        raise ValueError(f"prompt_lookup_tokens: expected a cache of one row, got batch_size={cache.batch_size}")
+
+
+def _to_host(report: Tensor) -> tuple[Tensor, Any]:
     """A copy on the host, and the event that says when it has arrived."""
-    if not token.is_cuda:
-        return token.clone(), None
-    copy = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
-    copy.copy_(token, non_blocking=True)
+    if not report.is_cuda:
+        return report.clone(), None
+    copy = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+    copy.copy_(report, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call,unused-ignore]
     event.record()
     return copy, event
-
-
-def _positions(mask: Tensor | None, first: int, end: int, ids: Tensor) -> Tensor:
-    """Positions int64 [B, end - first], from 0 at each row's first token."""
-    if mask is None:
-        return torch.arange(first, end, device=ids.device).expand(ids.shape[0], -1)
-    return (mask[:, :end].long().cumsum(1) - 1).clamp_min(0)[:, first:]
-
-
-def _progress(total: int, shown: bool) -> Any:
-    # transformers needs tqdm
-    from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
-
-    return tqdm(total=total, desc="reading the prompt", unit="tok", disable=not shown)

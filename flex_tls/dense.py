@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from .masks import fold_groups, unfold_groups
 from .mods import query_positions
@@ -68,3 +71,58 @@ def dense_attention(
         out = F.scaled_dot_product_attention(fold_groups(chunk, hkv), k, v, attn_mask=mask, scale=scale)
         parts.append(unfold_groups(out, group))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, lens: Sequence[int], *, scale: float) -> Tensor:
+    """As :func:`dense_attention` without a window, for long chunks of queries over a past: no mask is made.
+
+    A row's past, which all of its queries see, and the chunk itself, causal, are two calls of the fused kernel that
+    torch prefers for the shapes, merged by log-sum-exp. Rows of unequal lengths are taken one by one. Where torch has
+    no fused kernel with a log-sum-exp (float32 on CUDA) this is :func:`dense_attention`.
+
+    Args:
+        q: queries [B, HQ, T, D], right aligned, as there.
+        k: keys [B, HKV, S, D]; slots from ``lens[b]`` on are not read.
+        v: values, as ``k``.
+        lens: tokens of each row, the chunk's own included, on the host.
+        scale: of the scores.
+
+    Returns:
+        [B, HQ, T, D]; 0 for a query before its row's start (padding).
+    """
+    if len(set(lens)) > 1:
+        rows = zip(q.split(1), k.split(1), v.split(1), lens, strict=True)  # type: ignore[no-untyped-call,unused-ignore]
+        return torch.cat([chunk_attention(*row[:3], row[3:], scale=scale) for row in rows])
+    n, t = lens[0], q.shape[2]
+    if n < t:
+        out = q.new_zeros(q.shape)
+        if n:
+            out[:, :, t - n :] = chunk_attention(q[:, :, t - n :], k, v, lens, scale=scale)
+        return out
+    past, (k, v) = n - t, (x[:, :, :n] for x in (k, v))
+    own = with_lse(q, k[:, :, past:], v[:, :, past:], scale, causal=True)
+    if own is None:
+        return dense_attention(q, k, v, torch.full((q.shape[0],), n, device=q.device), scale=scale)
+    if past == 0:
+        return own[0]
+    before = with_lse(q, k[:, :, :past], v[:, :, :past], scale, causal=False)
+    assert before is not None
+    # The past's share of each query's softmax
+    share = torch.sigmoid(before[1] - own[1])[..., None]
+    return torch.lerp(own[0].float(), before[0].float(), share).to(q.dtype)
+
+
+def with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp float32 [B, HQ, T] by the fused kernel that torch prefers; None if it gives no such."""
+    gqa = q.shape[1] != k.shape[1]
+    best = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=gqa)
+    aten = torch.ops.aten
+    if best == SDPBackend.CUDNN_ATTENTION.value:
+        out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
+    elif best != SDPBackend.FLASH_ATTENTION.value or (q.is_cuda and q.shape[3] % 8):
+        return None
+    elif q.is_cuda:
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+    else:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return out, lse.reshape(q.shape[:3])

@@ -1,4 +1,4 @@
-"""The ``triton`` backend: two-level decoding in four launches, as one custom op that ``torch.compile`` traces."""
+"""The ``triton`` backend: two-level decoding in one launch, as one custom op that ``torch.compile`` traces."""
 
 from __future__ import annotations
 
@@ -82,45 +82,19 @@ def fused_attention(
     scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Level 1, level 2 and attention. ``arrivals`` int32 [3, R] is all zeros before and after."""
-    from .kernels.ask import launch_ask
-    from .kernels.attend import launch_attend
-    from .kernels.filter_blocks import launch_filter_blocks
-    from .kernels.select_tokens import launch_select_tokens
     from .kernels.tiles import tiles_for
+    from .kernels.two_level import launch_two_level
 
     q = q if q.stride(-1) == 1 else q.contiguous()
-    n_slots = codes.shape[-1]
-    candidates = min(kept_blocks * block_size, n_slots)
-    by_block = token_budget is None or token_budget >= candidates
-    selected = candidates if by_block else int(token_budget or 0)
-    rows = q.shape[0] * codes.shape[1] * q.shape[2]
-    tiles = tiles_for(
-        q.device, head_dim=q.shape[3], group=q.shape[1] // codes.shape[1], rows=rows, n_slots=n_slots,
-        block_size=block_size, selected=selected,
-    )  # fmt: skip
+    tiles = tiles_for(q.device, head_bytes=q.shape[3] * q.element_size(), rows=q.shape[0] * codes.shape[1] * q.shape[2])
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call,unused-ignore]
-        asked, base, unit = launch_ask(
-            q, to_query, low, step, bits=bits, n_words=codes.shape[2], filter_dims=filter_dims
-        )  # fmt: skip
-        blocks, block_counts = launch_filter_blocks(
-            codes, seq_lens, asked, base, unit, arrivals[0], n_query_tokens=q.shape[2], bits=bits,
-            block_size=block_size, kept=kept_blocks, sinks=sinks, recent=recent, scale=scale,
+        out, lse, work = launch_two_level(
+            q, k, v, seq_lens, codes, to_query, low, step, arrivals, bits=bits, block_size=block_size,
+            kept_blocks=kept_blocks, token_budget=token_budget, sinks=sinks, recent=recent, scale=scale,
             filter_dims=filter_dims, block_reduce=block_reduce, group_reduce=group_reduce, tiles=tiles,
         )  # fmt: skip
-        if by_block:
-            ids, counts = blocks.new_empty(rows, 0), torch.empty_like(block_counts)
-        else:
-            ids, counts = launch_select_tokens(
-                codes, seq_lens, asked, base, unit, blocks, block_counts, arrivals[1], n_query_tokens=q.shape[2],
-                bits=bits, block_size=block_size, kept=selected, sinks=sinks, recent=recent, scale=scale,
-                group_reduce=group_reduce, tiles=tiles,
-            )  # fmt: skip
-        out, lse = launch_attend(
-            q, k, v, seq_lens, blocks if by_block else ids, block_counts if by_block else counts, arrivals[2],
-            by_block=by_block, block_size=block_size, scale=scale, tiles=tiles,
-        )  # fmt: skip
-        return out, lse, blocks, block_counts, ids, counts
+    return out, lse, work.blocks, work.block_counts, work.ids, work.counts
 
 
 @fused_attention.register_fake

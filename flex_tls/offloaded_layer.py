@@ -181,14 +181,13 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
         return self._new
 
     def _attend_all(self, q: Tensor, step: Step, scale: float) -> Tensor:
-        same = len(set(step.lens_after)) == 1
         if self._new is None:
+            same = len(set(step.lens_after)) == 1
             keys, values = self._all_resident(step)
             return dense_attention(q, keys, values, step.seq_lens, scale=scale, same_length=same)
         if not q.is_cuda:
             # The store itself is where the queries are
-            keys, values = (x[:, :, : step.longest] for x in self.buffers())
-            return dense_attention(q, keys, values, step.seq_lens, scale=scale, same_length=same)
+            return super()._attend_all(q, step, scale)
         if step.left_pad is not None:
             q = align_left(q, step.left_pad)
         counts = [after - before for before, after in zip(step.lens_before, step.lens_after, strict=True)]

@@ -21,8 +21,17 @@ from .masks import block_mask, fold_groups, token_score_mod, unfold_groups
 from .mods import MaskMod, ScoreMod
 from .pages import Pages
 from .reference import attention_reference
-from .selection import BlockSelection, TokenSelection, block_scores, keep_blocks, level_scores, tokens_from_scores
+from .selection import (
+    BlockSelection,
+    TokenSelection,
+    block_scores,
+    keep_blocks,
+    label_block_scores,
+    level_scores,
+    tokens_from_scores,
+)
 
+WHY_NOT_PAGED = "its kernels do not read a pool of block slots yet"
 PagedBackend = Literal["reference", "flex"]
 
 
@@ -31,11 +40,13 @@ class Scored(NamedTuple):
 
     Attributes:
         tokens: label scores for level 2, float32 [B, HKV, G, T, N * BLOCK].
+        labels: label scores of blocks, float32 [B, HKV, G, T, N], by which level 2 makes the heads of a group comparable.
         blocks: what level 1 ranked, float32 [B, HKV, G * T, N].
         chosen: the blocks that it keeps.
     """
 
     tokens: Tensor
+    labels: Tensor
     blocks: Tensor
     chosen: BlockSelection
 
@@ -46,7 +57,7 @@ def paged_backend(backend: Backend, device: torch.device) -> PagedBackend:
     Raises:
         BackendUnavailable: ``"triton"`` was asked for, whose kernels read whole caches.
     """
-    chosen = resolve_backend(backend, device, "its kernels do not read a pool of block slots yet")
+    chosen = resolve_backend(backend, device, WHY_NOT_PAGED)
     return cast(PagedBackend, chosen)
 
 
@@ -90,11 +101,11 @@ def attend_pages(
         Output, log-sum-exp (reference alone), and the selections that were used.
     """
     if backend == "reference":
-        tokens = tokens_from_scores(index, cfg, kept, scored.tokens)
+        tokens = tokens_from_scores(index, cfg, kept, scored.tokens, scored.labels)
         keys, values = (pages.gathered(x)[:, :, : index.capacity_tokens] for x in (k, v))
         out, lse = attention_reference(q, keys, values, tokens, scale=scale, score_mod=score_mod, mask_mod=mask_mod)
         return Attended(out, lse.float(), kept, tokens)
-    arguments = (q, k, v, pages, scored.tokens, kept, index, cfg, score_mod, mask_mod, scale)
+    arguments = (q, k, v, pages, scored.tokens, scored.labels, kept, index, cfg, score_mod, mask_mod, scale)
     if torch.compiler.is_compiling():
         return Attended(*_attend(*arguments)[:4])
     layouts = (q, k, v, *pages[:2], scored.tokens, kept.indices)
@@ -108,14 +119,14 @@ def _score(
 ) -> Scored:
     tokens, few = level_scores(q, index, cfg, score_mod, mask_mod, scale)
     blocks = block_scores(q, index, cfg, few, mask_mod, scale)
-    return Scored(tokens, blocks.flatten(2, 3), keep_blocks(blocks, index, cfg))
+    return Scored(tokens, label_block_scores(few, cfg), blocks.flatten(2, 3), keep_blocks(blocks, index, cfg))
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, pages: Pages, scores: Tensor, kept: BlockSelection, index: KVIndex,
+    q: Tensor, k: Tensor, v: Tensor, pages: Pages, scores: Tensor, labels: Tensor, kept: BlockSelection, index: KVIndex,
     cfg: TLSConfig, score_mod: ScoreMod | None, mask_mod: MaskMod | None, scale: float,
 ) -> tuple[Tensor, None, BlockSelection, TokenSelection, TokenSelection]:  # fmt: skip
-    tokens = tokens_from_scores(index, cfg, kept, scores)
+    tokens = tokens_from_scores(index, cfg, kept, scores, labels)
     placed = pages.place_tokens(tokens)
     folded = fold_groups(q, k.shape[1])
     out = flex_attention(  # type: ignore[call-overload]

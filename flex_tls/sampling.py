@@ -53,10 +53,10 @@ class Sampling:
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -torch.inf)
         if self.top_p is not None and self.top_p < 1:
-            best, order = logits.sort(descending=True)
-            share = best.softmax(-1)
-            # The token that crosses the bound stays
-            beyond = share.cumsum(-1) - share >= self.top_p
+            # Summed from the least likely on, as transformers does: the same token is on the edge
+            worst, order = logits.sort()
+            beyond = worst.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            beyond[:, -1:].zero_()
             logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
         if self.min_p is not None:
             share = logits.softmax(-1)

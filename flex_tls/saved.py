@@ -114,7 +114,7 @@ def fill(cache: TLSCache, path: str | Path, found: dict[str, Any]) -> None:
         for name, value in (counts or {}).items():
             setattr(layer.index, name, value)
         if isinstance(layer, OffloadedLayer) and "last_queries" in saved:
-            layer.remember(saved["last_queries"].to(cache.device), float(saved["scale"]))
+            layer.remember(saved["last_queries"].to(layer.on_device()[0].device), float(saved["scale"]))
 
 
 def config_of(found: dict[str, Any]) -> TLSConfig:

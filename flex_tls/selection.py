@@ -14,6 +14,11 @@ from .config import TLSConfig
 from .index import KVIndex
 from .mods import MaskMod, ScoreMod, apply_mods, query_positions
 
+# Tokens' scores may pass their blocks' where level 1 reads fewer channels: an exponent that float32 still holds
+MOST_EXPONENT = 80.0
+# Largest rank made of raw scores: the float16 two below infinity
+LARGEST_HALF = 65472.0
+
 
 @dataclass(frozen=True)
 class BlockSelection:
@@ -128,7 +133,9 @@ def select_tokens(
     Arguments as in :func:`select_blocks`. Ties go to the lower position. Source: arXiv 2604.07815 (level 2).
     """
     _check(q, index, cfg)
-    return tokens_from_scores(index, cfg, blocks, token_scores(q, index, score_mod, mask_mod, scale))
+    scores = token_scores(q, index, score_mod, mask_mod, scale)
+    few = scores if cfg.filter_dims is None else token_scores(q, index, score_mod, mask_mod, scale, cfg.filter_dims)
+    return tokens_from_scores(index, cfg, blocks, scores, label_block_scores(few, cfg))
 
 
 def select(
@@ -142,7 +149,7 @@ def select(
     """Both levels; the label scores are computed once unless level 1 reads fewer channels. Unchecked: for backends."""
     scores, few = level_scores(q, index, cfg, score_mod, mask_mod, scale)
     blocks = blocks_from_scores(q, index, cfg, few, mask_mod, scale)
-    return blocks, tokens_from_scores(index, cfg, blocks, scores)
+    return blocks, tokens_from_scores(index, cfg, blocks, scores, label_block_scores(few, cfg))
 
 
 def level_scores(
@@ -198,8 +205,7 @@ def block_scores(
     group = hq // hkv
     if index.summary is None:
         assert tokens is not None
-        scores = _per_block(tokens, n, size)
-        return scores.amax(-1) if cfg.block_reduce == "max" else scores.logsumexp(-1)
+        return label_block_scores(tokens, cfg)
     scores = index.summary.scores(q.reshape(b, hkv, group * t, d)) * _scale(scale, d)
     scores = scores.view(b, hkv, group, t, n)
     position = query_positions(index.seq_lens, t)[:, None, :, None]
@@ -232,10 +238,19 @@ def keep_blocks(scores: Tensor, index: KVIndex, cfg: TLSConfig) -> BlockSelectio
     return BlockSelection(indices.int(), chosen.sum(-1).int(), n, size, group, index.capacity_tokens)
 
 
-def tokens_from_scores(index: KVIndex, cfg: TLSConfig, blocks: BlockSelection, scores: Tensor) -> TokenSelection:
+def label_block_scores(tokens: Tensor, cfg: TLSConfig) -> Tensor:
+    """Label scores of tokens [..., N * block_size] -> of their blocks [..., N]: the best, or the log-sum-exp."""
+    scores = tokens.view(*tokens.shape[:-1], -1, cfg.block_size)
+    return scores.amax(-1) if cfg.block_reduce == "max" else scores.logsumexp(-1)
+
+
+def tokens_from_scores(
+    index: KVIndex, cfg: TLSConfig, blocks: BlockSelection, scores: Tensor, block_scores: Tensor
+) -> TokenSelection:
     """Level 2 from label scores [B, HKV, G, T, N * block_size] that are -inf where a query must not look.
 
-    Only the kept blocks' tokens are ranked: a small part of the context.
+    Only the kept blocks' tokens are ranked: a small part of the context. The heads of a group are made comparable by
+    level 1's softmax, over ``block_scores`` [B, HKV, G, T, N]: a kernel then ranks tokens in one pass.
     """
     t, n_slots = scores.shape[-2], scores.shape[-1]
     positions = query_positions(index.seq_lens, t)
@@ -246,7 +261,8 @@ def tokens_from_scores(index: KVIndex, cfg: TLSConfig, blocks: BlockSelection, s
     keep = slot <= position
     if cfg.token_budget is not None and cfg.token_budget < slot.shape[-1]:
         where = slot.clamp_max(n_slots - 1)[:, :, None].expand(*scores.shape[:-1], -1)
-        rank = reduce_group(scores.gather(4, where).masked_fill(~keep[:, :, None], -torch.inf), cfg)
+        candidates = scores.gather(4, where).masked_fill(~keep[:, :, None], -torch.inf)
+        rank = reduce_group(candidates, cfg, block_scores)
         forced = (slot < cfg.sink_tokens) | (slot > position - cfg.recent_tokens)
         rank = torch.where(forced, torch.inf, rank).masked_fill(~keep, -torch.inf)
         keep = keep_best(rank, cfg.token_budget)
@@ -280,21 +296,32 @@ def keep_best(rank: Tensor, k: int) -> Tensor:
     return (key >= edge) & (rank > -torch.inf)
 
 
-def reduce_group(scores: Tensor, cfg: TLSConfig) -> Tensor:
-    """One rank for the query heads of a KV head: [B, HKV, G, T, N] -> [B, HKV, T, N]; -inf where all heads are."""
+def reduce_group(scores: Tensor, cfg: TLSConfig, over: Tensor | None = None) -> Tensor:
+    """One rank for the query heads of a KV head: [B, HKV, G, T, N] -> [B, HKV, T, N]; -inf where all heads are.
+
+    Ranks have 16 bits: a mean softmax is rounded down to bfloat16, a raw score to the nearest float16, so that kernels
+    compare two at once. A softmax is taken over ``over`` [B, HKV, G, T, N'], by default over the scores themselves.
+    """
     dead = scores.isneginf()
     if cfg.group_reduce == "max":
-        return scores.amax(2)
+        return _half(scores.amax(2))
     if cfg.group_reduce == "softmax_mean":
         # A head that may look nowhere would give NaN; it has no say instead
-        top = scores.amax(-1, keepdim=True)
-        weight = (scores - torch.where(top.isneginf(), 0.0, top)).exp()
-        value = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        rank = value.mean(2)
-    else:
-        alive = (~dead).sum(2).clamp_min(1)
-        rank = scores.masked_fill(dead, 0.0).sum(2) / alive
-    return rank.masked_fill(dead.all(2), -torch.inf)
+        over = scores if over is None else over
+        top = over.amax(-1, keepdim=True)
+        top = torch.where(top.isneginf(), 0.0, top)
+        total = (over - top).exp().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        rank = ((scores - top).clamp_max(MOST_EXPONENT).exp() / total).mean(2)
+        # Rounded down to bfloat16: see docs/design.md, section 8
+        return (rank.view(torch.int32) & -65536).view(torch.float32).masked_fill(dead.all(2), -torch.inf)
+    alive = (~dead).sum(2).clamp_min(1)
+    rank = scores.masked_fill(dead, 0.0).sum(2) / alive
+    return _half(rank).masked_fill(dead.all(2), -torch.inf)
+
+
+def _half(rank: Tensor) -> Tensor:
+    """Rounded to float16's digits, -inf as it was."""
+    return torch.where(rank.isneginf(), rank, rank.clamp(-LARGEST_HALF, LARGEST_HALF).half().float())
 
 
 def _per_block(tokens: Tensor, n_blocks: int, size: int) -> Tensor:

@@ -54,7 +54,7 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor, arrivals: Tens
 
     q = q if q.stride(-1) == 1 else q.contiguous()
     rows = q.shape[0] * k.shape[1] * q.shape[2]
-    tiles = tiles_for_all(q.device, head_dim=q.shape[3], rows=rows)
+    tiles = tiles_for_all(q.device, head_bytes=q.shape[3] * q.element_size(), rows=rows)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call,unused-ignore]
         out, _ = launch_attend(
             q, k, v, seq_lens, None, None, arrivals, by_block=False, block_size=1, scale=scale, tiles=tiles

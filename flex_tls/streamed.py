@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .dense import with_lse
 from .masks import fold_groups, unfold_groups
 
 # (row, tokens) -> the row's first tokens as pieces (k, v), each [HKV, S', D], on the queries' device
@@ -50,8 +51,11 @@ def streamed_attention(
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """Attention of q [B, H, T, D] to k and v [B, H, S, D], and the log-sum-exp of its scores, float32 [B, H, T].
 
-    On CUDA PyTorch's own kernels, called by the names that also return the log-sum-exp.
+    By the fused kernel that torch prefers, where it gives a log-sum-exp.
     """
+    found = with_lse(q, k, v, scale, causal=causal)
+    if found is not None:
+        return found
     if not q.is_cuda:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * scale
@@ -59,10 +63,6 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal:
             scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
         lse = scores.logsumexp(-1)
         return ((scores - lse[..., None]).exp() @ v.to(wide)).to(q.dtype), lse
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    if q.dtype in (torch.float16, torch.bfloat16):
-        flash = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-        return flash[0], flash[1]
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
     # Its rows are padded to a multiple of 32
     return efficient[0], efficient[1][..., : q.shape[2]]

@@ -37,10 +37,7 @@ def attention_over(
     from flex_tls.kernels.tiles import tiles_for
 
     arrivals = torch.zeros(case.rows, dtype=torch.int32, device=device)
-    tiles = tiles_for(
-        device, head_dim=case.D, group=case.group, rows=case.rows, n_slots=case.S, block_size=case.block_size,
-        selected=n_tokens,
-    )  # fmt: skip
+    tiles = tiles_for(device, head_bytes=case.D * case.dtype.itemsize, rows=case.rows)
 
     def attend(inputs: InputSet, ids: Tensor, counts: Tensor) -> Tensor:
         out, _ = launch_attend(

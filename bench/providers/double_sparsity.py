@@ -60,29 +60,30 @@ def _make_labels(q: Tensor, k: Tensor) -> Labels:
 @provider("double_sparsity", "total", needs="triton")
 def double_sparsity(case: Case, sets: list[InputSet], split_kv: int | None) -> Job:
     """``token_budget`` tokens attended, as many as our level 2 keeps."""
-    from flex_tls.kernels.ask import launch_ask
-
+    from ..kernels.ask import launch_ask
     from ..kernels.rank_labels import launch_rank_labels
 
     device = sets[0].q.device
     arrivals = torch.zeros(case.rows, dtype=torch.int32, device=device)
     attend = attention_over(case, device, case.token_budget, by_block=False)
 
-    def select(q: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+    def select(i: InputSet, labels: Labels) -> tuple[Tensor, Tensor]:
         asked, base, unit = launch_ask(
-            q, labels.to_query, labels.low, labels.step, bits=BITS, n_words=labels.codes.shape[2],
+            i.q, i.index.seq_lens, labels.to_query, labels.low, labels.step, bits=BITS, n_words=labels.codes.shape[2],
             filter_dims=labels.low.shape[2],
         )  # fmt: skip
-        return launch_rank_labels(labels.codes, asked, base, unit, arrivals, bits=BITS, kept=case.token_budget)
+        return launch_rank_labels(
+            labels.codes, i.index.seq_lens, asked, base, unit, arrivals, bits=BITS, kept=case.token_budget
+        )
 
     def call(i: InputSet, labels: Labels) -> Tensor:
-        return attend(i, *select(i.q, labels))
+        return attend(i, *select(i, labels))
 
     calls: list[Call] = []
     masks: list[Tensor | None] = []
     for i in sets:
         labels = make_labels(i.q, i.k)
-        ids, _ = select(i.q, labels)
+        ids, _ = select(i, labels)
         mask = torch.zeros(case.B, case.HKV, case.S, dtype=torch.bool, device=device)
         masks.append(mask.scatter(2, ids.view(case.B, case.HKV, -1).long(), True))
         calls.append(partial(call, i, labels))

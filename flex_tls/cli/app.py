@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ..attention import Backend, BackendUnavailable, resolve_backend
+from ..cache import TLSCache
 from ..config import TLSConfig
+from ..explanation import explain
 from ..fused import why_not_here
 from ..offload import OffloadConfig
 from .compare import compare
 from .evaluate import eval_app
-from .options import config, load_model, offload_config
+from .options import config, load_model, load_shape, offload_config, pick_device
 from .plan import make_plan, print_plan
 from .plot import plot_record
 from .report import hardware, print_comparison, print_offload, reported
@@ -130,15 +132,43 @@ def plan(
 
 
 @app.command()
-def inspect(json_file: JsonFile = None) -> None:
-    """What this machine can run, and which path each backend would take."""
+def inspect(
+    model_name: Annotated[
+        str | None, typer.Option("--model", help="Say what each layer of this model would run; weights are not read.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="With --model: tokens in the cache.")] = 98304,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --model: rows.")] = 1,
+    block_budget: BlockBudget = "8192",
+    token_budget: TokenBudget = "1024",
+    block_size: BlockSize = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """What this machine can run, which path each backend would take, and, with --model, each layer."""
     console = Console()
-    found = {"machine": hardware(), "packages": _versions(), "backends": _backends()}
+    found: dict[str, Any] = {"machine": hardware(), "packages": _versions(), "backends": _backends()}
+    layers: list[tuple[str, ...]] = []
+    if model_name is not None:
+        cfg = config(context, block_budget, token_budget, block_size)
+        model = load_shape(model_name, dtype)
+        with reported(console):
+            cache = TLSCache(model.config, cfg, batch_size=batch_size, max_len=context, dtype=model.dtype)
+            explained = explain(model, cache, device=pick_device(device))
+        found["decode step"], layers = explained.facts, explained.table
     for title, rows in found.items():
         table = Table(title=title, title_justify="left", show_header=False)
         for name, value in rows.items():
             table.add_row(name, str(value))
         console.print(table)
+    if layers:
+        table = Table(title="layers", title_justify="left")
+        for name in layers[0]:
+            table.add_column(name, overflow="fold")
+        for cells in layers[1:]:
+            table.add_row(*cells)
+        console.print(table)
+        found["layers"] = [dict(zip(layers[0], cells, strict=True)) for cells in layers[1:]]
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=2))
 

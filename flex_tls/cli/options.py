@@ -56,6 +56,25 @@ def offload_config(policy: str, gpu_blocks: int | None) -> OffloadConfig | None:
         raise typer.BadParameter(str(error), param_hint="--offload") from error
 
 
+def load_shape(name: str, dtype: str) -> Any:
+    """The model that ``name`` (see :func:`load_model`) describes, without its weights: on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, options = _source(name)
+    try:
+        shape = AutoConfig.from_pretrained(source, **options)
+        make: Any = AutoModelForCausalLM.from_config
+        with torch.device("meta"):
+            return make(shape, dtype=_dtype(dtype) or shape.dtype)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise typer.BadParameter(f"{name!r} could not be loaded: {error}", param_hint="--model") from error
+
+
+def pick_device(device: str) -> str:
+    """``"auto"`` is CUDA where there is any."""
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(name: str | None, device: str, dtype: str) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder, a hub id or a GGUF file, in evaluation mode.
 
@@ -64,22 +83,31 @@ def load_model(name: str | None, device: str, dtype: str) -> tuple[Any, Any]:
         device: ``"auto"`` takes CUDA where there is any.
         dtype: ``"auto"`` takes the one that the weights are stored in.
     """
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"expected float32, bfloat16, float16 or auto, got {dtype!r}", param_hint="--dtype")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = _dtype(dtype)
     try:
         model, tokenizer = load_smollm2() if name is None else _from_pretrained(name, dtype)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise typer.BadParameter(f"{name!r} could not be loaded: {error}", param_hint="--model") from error
-    model = model.to(device)
-    return (model if dtype == "auto" else model.to(getattr(torch, dtype))).eval(), tokenizer
+    model = model.to(pick_device(device))
+    return (model if wanted is None else model.to(wanted)).eval(), tokenizer
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"expected float32, bfloat16, float16 or auto, got {name!r}", param_hint="--dtype")
+    dtype: torch.dtype | None = None if name == "auto" else getattr(torch, name)
+    return dtype
+
+
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` takes."""
+    path = Path(name)
+    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
 
 
 def _from_pretrained(name: str, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(name)
-    source, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
+    source, options = _source(name)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options), tokenizer

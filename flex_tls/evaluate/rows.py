@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .. import jsonl
+
 Key = tuple[str, ...]
 
 
@@ -130,30 +132,15 @@ def config_key(config: dict[str, Any] | None) -> str:
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a JSONL file; makes its folder. What an interrupted write left behind is cut off first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        lines = "".join(json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n" for row in rows)
-        file.write(lines.encode())
+    """Add rows to a file; see :mod:`flex_tls.jsonl`."""
+    jsonl.append(path, rows)
 
 
 def read(path: Path) -> list[Row]:
-    """Every whole line of a JSONL file as a row, in order; none if there is no file.
+    """Every whole line of a file as a row, in order; none if there is no file.
 
     Raises:
         ValueError: a line that is no row; names it.
     """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
-
-
-def _parsed(line: str, place: str) -> Row:
-    try:
-        found = json.loads(line)
-        return KINDS[found["eval"]](**found)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{place}: expected a row of flex-tls eval ({error}); use another --out") from error
+    expected = "expected a row of flex-tls eval; use another --out"
+    return jsonl.read(path, lambda found: KINDS[found["eval"]](**found), expected)

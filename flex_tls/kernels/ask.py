@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .follow import precede
-from .tiles import NATIVE, padded
+from .attend import load_query
+
+
+@triton.jit
+def load_projection(q, to_query, low, step, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
+                    D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+                    CHANNELS: tl.constexpr):  # fmt: skip
+    """What :func:`ask` takes: query [ROWS, DP], projection [DP, CHANNELS], low and step of each channel."""
+    d = tl.arange(0, DP)
+    c = tl.arange(0, CHANNELS)
+    projection = tl.load(
+        to_query + head * D * C + d[:, None] * C + c[None], (d < D)[:, None] & (c < C)[None], other=0.0
+    )
+    query = load_query(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t, D, DP, GROUP, ROWS)
+    lows = tl.load(low + head * C + c, c < C, other=0.0)
+    steps = tl.load(step + head * C + c, c < C, other=0.0)
+    return query, projection, lows, steps
 
 
 @triton.jit
 def ask(
-    q, to_query, low, step, asked, base, unit, q_stride_b, q_stride_h, q_stride_t, n_heads, T, filter_dims,
-    D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, NATIVE: tl.constexpr,
+    query, projection, lows, steps, asked, base, unit, row, filter_dims,
+    W: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Program ``row``: the query heads of one selection; see :func:`launch_ask`."""
-    precede(NATIVE)
+    """The query heads of one selection: asked int32 [R, G, 8 / BITS, W], base float32 [R, G, 2], unit float32 [R, G].
+
+    A token's label score is ``base + unit * (asked . codes)``; base 0 is for the first ``filter_dims`` channels, base 1
+    for all of them.
+    """
     SUB: tl.constexpr = 8 // BITS
-    row = tl.program_id(0).to(tl.int64)
-    head = row // T
-    q += head // n_heads * q_stride_b + head % n_heads * GROUP * q_stride_h + row % T * q_stride_t
     g = tl.arange(0, ROWS)
-    d = tl.arange(0, DP)
     c = tl.arange(0, CHANNELS)
-    query = tl.load(q + g[:, None] * q_stride_h + d[None], (g < GROUP)[:, None] & (d < D)[None], other=0.0)
-    projection = tl.load(
-        to_query + head * D * C + d[:, None] * C + c[None], (d < D)[:, None] & (c < C)[None], other=0.0
-    )
-    lows = tl.load(low + head * C + c, c < C, other=0.0)
-    steps = tl.load(step + head * C + c, c < C, other=0.0)
     channel = tl.dot(query.to(tl.float32), projection, input_precision="tf32x3")
     shift = channel * lows[None]
     channel = channel * steps[None]
@@ -50,25 +55,3 @@ def ask(
     j = tl.arange(0, SUB)
     place = ((row * GROUP + g)[:, None, None] * SUB + j[None, None]) * W + w[None, :, None]
     tl.store(asked + place, words, (g < GROUP)[:, None, None] & (w < W)[None, :, None])
-
-
-def launch_ask(
-    q: Tensor, to_query: Tensor, low: Tensor, step: Tensor, *, bits: int, n_words: int, filter_dims: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Channels in 8 bits, asked int32 [R, G, 8 / bits, W], with base float32 [R, G, 2] and unit float32 [R, G].
-
-    A token's label score is ``base + unit * (asked . codes)``; base 0 is for the first ``filter_dims`` channels, base 1
-    for all of them.
-    """
-    b, hq, t, d = q.shape
-    _, hkv, _, c = to_query.shape
-    rows, group = b * hkv * t, hq // hkv
-    asked = torch.empty(rows, group, 8 // bits, n_words, dtype=torch.int32, device=q.device)
-    base = torch.empty(rows, group, 2, device=q.device)
-    unit = torch.empty(rows, group, device=q.device)
-    ask[(rows,)](
-        q, to_query, low, step, asked, base, unit, q.stride(0), q.stride(1), q.stride(2), hkv, t, filter_dims,
-        D=d, DP=padded(d, 16), C=c, W=n_words, BITS=bits, GROUP=group, ROWS=padded(group, 16),
-        CHANNELS=max(16, padded(n_words) * 32 // bits), NATIVE=NATIVE, num_warps=4,
-    )  # fmt: skip
-    return asked, base, unit

@@ -1,4 +1,4 @@
-"""Attention over gathered tokens, split over the selection and merged by log-sum-exp, in one launch."""
+"""Attention over listed tokens, listed blocks, or everything, split over programs and merged by log-sum-exp."""
 
 from __future__ import annotations
 
@@ -11,59 +11,55 @@ from .follow import follow
 from .rows import locate
 from .tiles import NATIVE, Tiles, padded
 
+# Base-2 exponents: one multiplication less for each weight
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
-def attend(
-    q, k, v, seq_lens, ids, counts, partial, partial_lse, arrivals, out, lse,
-    q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    n_heads, T, K, per_split, scale,
-    D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BY_BLOCK: tl.constexpr, ALL: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
-    SP: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """Program (i, row) attends to entries ``i * per_split`` and on of the row's list; the last program merges.
+def load_query(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t,
+               D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """The heads of one query token, [ROWS, DP]."""
+    g = tl.arange(0, ROWS)[:, None]
+    d = tl.arange(0, DP)[None]
+    q += head // n_heads * q_stride_b + head % n_heads * GROUP * q_stride_h + row % T * q_stride_t
+    return tl.load(q + g * q_stride_h + d, (g < GROUP) & (d < D), other=0.0)
 
-    ``ids`` holds tokens [K], or with BY_BLOCK blocks [K] of which every token up to the query's position counts; with
-    ALL it is not read, and every token up to the query's position counts.
+
+@triton.jit
+def attend_range(
+    query, k, v, ids, pages, first, end, position, scale, k_stride_s, v_stride_s, page_stride_k, page_stride_v,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr,
+    PAGED: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(acc [ROWS, DP], top [ROWS], total [ROWS]) of entries ``first`` to ``end``, none past the query's position.
+
+    An entry is a token of ``ids`` (MODE "tokens"), a token of the blocks in ``ids`` ("blocks"), or a slot ("all").
+    PAGED: block n lies at page ``pages[n]`` of k and v, ``page_stride`` apart.
     """
-    follow(NATIVE)
-    row, head, position = locate(seq_lens, n_heads, T)
-    split = tl.program_id(0)
-    b, h, t = head // n_heads, head % n_heads, row % T
-    ids += row * K
-    if ALL:
-        n = position + 1
-    else:
-        n = tl.load(counts + row)
-        if BY_BLOCK:
-            n *= BLOCK_SIZE
-    g = tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     lane = tl.arange(0, TILE)
-    inside = (g < GROUP)[:, None] & (d < D)[None]
-    query = tl.load(q + b * q_stride_b + (h * GROUP + g)[:, None] * q_stride_h + t * q_stride_t + d[None], inside,
-                    other=0.0)  # fmt: skip
-    k += b * k_stride_b + h * k_stride_h
-    v += b * v_stride_b + h * v_stride_h
-    # Base-2 exponents: one multiplication less for each weight
-    log2e: tl.constexpr = 1.4426950408889634
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DP), tl.float32)
-    end = tl.minimum(n, (split + 1) * per_split)
-    for start in range(split * per_split, end, TILE):
+    for start in tl.range(first, end, TILE, num_stages=STAGES):
         place = start + lane
-        if ALL:
+        if MODE == "all":
             slot = place
-        elif BY_BLOCK:
+        elif MODE == "blocks":
             slot = tl.load(ids + place // BLOCK_SIZE, place < end, other=0) * BLOCK_SIZE + place % BLOCK_SIZE
         else:
             slot = tl.load(ids + place, place < end, other=0)
         seen = (place < end) & (slot <= position)
-        slot = slot.to(tl.int64)
-        keys = tl.load(k + slot[:, None] * k_stride_s + d[None], seen[:, None] & (d < D)[None], other=0.0)
-        values = tl.load(v + slot[:, None] * v_stride_s + d[None], seen[:, None] & (d < D)[None], other=0.0)
-        score = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (scale * log2e)
+        if PAGED:
+            page = tl.load(pages + slot // BLOCK_SIZE, seen, other=0).to(tl.int64)
+            inside = slot % BLOCK_SIZE
+            key_at, value_at = page * page_stride_k + inside * k_stride_s, page * page_stride_v + inside * v_stride_s
+        else:
+            slot = slot.to(tl.int64)
+            key_at, value_at = slot * k_stride_s, slot * v_stride_s
+        keys = tl.load(k + key_at[:, None] + d[None], seen[:, None] & (d < D)[None], other=0.0)
+        values = tl.load(v + value_at[:, None] + d[None], seen[:, None] & (d < D)[None], other=0.0)
+        score = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
         score = tl.where(seen[None], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -72,19 +68,36 @@ def attend(
         total = total * fade + tl.sum(weight, 1)
         acc = tl.dot(weight.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
         top = higher
-    out += (b * n_heads + h) * GROUP * T * D
-    lse += (b * n_heads + h) * GROUP * T
-    if SPLITS == 1:
-        _finish(acc, top, total, out, lse, g, d, t, T, inside, D, GROUP)
+    return acc, top, total
+
+
+@triton.jit
+def finish(acc, top, total, partial, partial_lse, arrival, out, lse, row, head, T,
+           D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr,
+           PROGRAMS: tl.constexpr, PP: tl.constexpr):  # fmt: skip
+    """Write the row's output: at once, or by the last of its programs. True in that program, and in a single one."""
+    g = tl.arange(0, ROWS)
+    d = tl.arange(0, DP)
+    inside = (g < GROUP)[:, None] & (d < D)[None]
+    out += head * GROUP * T * D
+    lse += head * GROUP * T
+    last = True
+    if PROGRAMS == 1:
+        result = acc / tl.maximum(total, 1e-37)[:, None]
+        tl.store(out + (g * T + row % T)[:, None] * D + d[None], result.to(out.dtype.element_ty), inside)
+        tl.store(lse + g * T + row % T, _natural(_lse(top, total)), g < GROUP)
     else:
-        entry = (row * SPLITS + split) * GROUP
+        partial += row * PROGRAMS * GROUP * D
+        partial_lse += row * PROGRAMS * GROUP
+        entry = tl.program_id(0) * GROUP
         tl.store(partial + (entry + g)[:, None] * D + d[None], acc / tl.maximum(total, 1e-37)[:, None], inside)
         tl.store(partial_lse + entry + g, _lse(top, total), g < GROUP)
         tl.debug_barrier()
-        if tl.atomic_add(arrivals + row, 1, sem="acq_rel") == SPLITS - 1:
-            tl.store(arrivals + row, 0)
-            _merge(partial + row * SPLITS * GROUP * D, partial_lse + row * SPLITS * GROUP, out, lse, t, T,
-                   D, DP, GROUP, GP, SPLITS, SP)  # fmt: skip
+        last = tl.atomic_add(arrival, 1, sem="acq_rel") == PROGRAMS - 1
+        if last:
+            tl.store(arrival, 0)
+            _merge(partial, partial_lse, out, lse, row % T, T, D, GROUP, GP, PROGRAMS, PP, min(DP * GP, 512))
+    return last
 
 
 @triton.jit
@@ -94,35 +107,64 @@ def _lse(top, total):
 
 
 @triton.jit
-def _merge(partial, partial_lse, out, lse, t, T,
-           D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, SPLITS: tl.constexpr,
-           SP: tl.constexpr):  # fmt: skip
-    """Sum of the splits' outputs, each by its share of the total weight."""
-    s = tl.arange(0, SP)[:, None]
-    g = tl.arange(0, GP)
-    d = tl.arange(0, DP)
-    inside = (g < GROUP)[:, None] & (d < D)[None]
-    weight = tl.load(partial_lse + s * GROUP + g[None], (s < SPLITS) & (g < GROUP)[None], other=float("-inf"),
-                     cache_modifier=".cg")  # fmt: skip
-    top = tl.max(weight, 0)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(weight - shift[None]), 0)
-    result = tl.zeros((GP, DP), tl.float32)
-    for i in tl.static_range(SPLITS):
-        entry = (i * GROUP + g)[:, None]
-        part = tl.load(partial + entry * D + d[None], inside, other=0.0, cache_modifier=".cg")
-        # In the shape of the part: a layout of its own would have to be converted, split by split
-        one = tl.load(partial_lse + entry + (d * 0)[None], inside, other=float("-inf"), cache_modifier=".cg")
-        result += part * tl.exp2(one - shift[:, None])
-    _finish(result, shift, total, out, lse, g, d, t, T, inside, D, GROUP)
+def _natural(lse):
+    """From base 2 to base e."""
+    return lse * 0.6931471805599453
 
 
 @triton.jit
-def _finish(acc, top, total, out, lse, g, d, t, T, inside, D: tl.constexpr, GROUP: tl.constexpr):
-    """Write one query token's heads: ``acc`` over its ``total`` weight, and the natural log-sum-exp."""
-    result = acc / tl.maximum(total, 1e-37)[:, None]
-    tl.store(out + (g * T + t)[:, None] * D + d[None], result.to(out.dtype.element_ty), inside)
-    tl.store(lse + g * T + t, _lse(top, total) * 0.6931471805599453, g < GROUP)
+def _merge(partial, partial_lse, out, lse, t, T,
+           D: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, PROGRAMS: tl.constexpr, PP: tl.constexpr,
+           COLUMNS: tl.constexpr):  # fmt: skip
+    """Sum of the programs' outputs, each by its share of the total weight; COLUMNS of the heads' channels at once."""
+    p = tl.arange(0, PP)[:, None]
+    for start in tl.static_range(0, GROUP * D, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None]
+        g = column // D
+        there = (p < PROGRAMS) & (column < GROUP * D)
+        weight = tl.load(partial_lse + p * GROUP + g, there, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(partial + p * GROUP * D + column, there, other=0.0, cache_modifier=".cg")
+        top = tl.max(weight, 0)
+        weight = tl.exp2(weight - tl.where(top == float("-inf"), 0.0, top)[None])
+        result = tl.sum(part * weight, 0) / tl.maximum(tl.sum(weight, 0), 1e-37)
+        column = start + tl.arange(0, COLUMNS)
+        tl.store(out + (column // D * T + t) * D + column % D, result.to(out.dtype.element_ty), column < GROUP * D)
+    g = tl.arange(0, GP)
+    weight = tl.load(partial_lse + p * GROUP + g[None], (p < PROGRAMS) & (g < GROUP)[None], other=float("-inf"),
+                     cache_modifier=".cg")  # fmt: skip
+    top = tl.max(weight, 0)
+    total = tl.sum(tl.exp2(weight - tl.where(top == float("-inf"), 0.0, top)[None]), 0)
+    tl.store(lse + g * T + t, _natural(_lse(top, total)), g < GROUP)
+
+
+@triton.jit
+def attend(
+    q, k, v, seq_lens, ids, counts, partial, partial_lse, arrivals, out, lse,
+    q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    n_heads, T, K, per_program, scale,
+    D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PROGRAMS: tl.constexpr,
+    PP: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Program (i, row) attends to entries ``i * per_program`` and on of the row's list; the last program merges."""
+    follow(NATIVE)
+    row, head, position = locate(seq_lens, n_heads, T)
+    if MODE == "all":
+        n = position + 1
+    elif MODE == "blocks":
+        n = tl.load(counts + row) * BLOCK_SIZE
+    else:
+        n = tl.load(counts + row)
+    query = load_query(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t, D, DP, GROUP, ROWS)
+    k += head // n_heads * k_stride_b + head % n_heads * k_stride_h
+    v += head // n_heads * v_stride_b + head % n_heads * v_stride_h
+    first = tl.program_id(0) * per_program
+    acc, top, total = attend_range(
+        query, k, v, ids + row * K, ids, first, tl.minimum(n, first + per_program), position, scale, k_stride_s,
+        v_stride_s, 0, 0, D, DP, ROWS, BLOCK_SIZE, MODE, False, TILE, STAGES, PRECISION,
+    )  # fmt: skip
+    finish(acc, top, total, partial, partial_lse, arrivals + row, out, lse, row, head, T,
+           D, DP, GROUP, GP, ROWS, PROGRAMS, PP)  # fmt: skip
 
 
 def launch_attend(
@@ -131,7 +173,7 @@ def launch_attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [B, HQ, T, D] in q's dtype and lse float32 [B, HQ, T] over tokens or blocks ``ids`` int32 [R, K].
 
-    Without ``ids`` over every token up to the query's position.
+    Without ``ids`` over every token up to the query's position. ``arrivals`` int32 [R]: zeros before and after.
     """
     b, hq, t, d = q.shape
     hkv = k.shape[1]
@@ -139,19 +181,19 @@ def launch_attend(
     entries = k.shape[2] if ids is None else ids.shape[1]
     most = entries * block_size if by_block else entries
     tile = tiles.attend_tile
-    per_split = -(-most // (tiles.attend_splits * tile)) * tile
-    splits = -(-most // per_split)
+    per_program = -(-most // (tiles.programs * tile)) * tile
+    programs = -(-most // per_program)
     out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(b, hq, t, device=q.device)
-    partial = lse.new_empty(rows, splits, group, d) if splits > 1 else lse
-    partial_lse = lse.new_empty(rows, splits, group) if splits > 1 else lse
-    attend[(splits, rows)](
+    partial = lse.new_empty(rows, programs, group, d) if programs > 1 else lse
+    partial_lse = lse.new_empty(rows, programs, group) if programs > 1 else lse
+    attend[(programs, rows)](
         q, k, v, seq_lens, arrivals if ids is None else ids, arrivals if counts is None else counts,
         partial, partial_lse, arrivals, out, lse,
         q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-        v.stride(0), v.stride(1), v.stride(2), hkv, t, entries, per_split, scale,
+        v.stride(0), v.stride(1), v.stride(2), hkv, t, entries, per_program, scale,
         D=d, DP=padded(d, 16), GROUP=group, GP=padded(group), ROWS=padded(group, 16), BLOCK_SIZE=block_size,
-        BY_BLOCK=by_block, ALL=ids is None, TILE=tile, SPLITS=splits, SP=padded(splits),
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", NATIVE=NATIVE, num_warps=tiles.attend_warps,
-        num_stages=tiles.attend_stages, launch_pdl=NATIVE,
+        MODE="all" if ids is None else "blocks" if by_block else "tokens", TILE=tile, STAGES=tiles.attend_stages,
+        PROGRAMS=programs, PP=padded(programs), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        NATIVE=NATIVE, num_warps=tiles.warps, launch_pdl=NATIVE,
     )  # fmt: skip
     return out, lse

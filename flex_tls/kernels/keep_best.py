@@ -1,8 +1,11 @@
-"""The k best of a row's candidates, exactly, ties to the lower place: what the last program of a row runs.
+"""The k best of a row's candidates, exactly, ties to the lower place.
 
-No sort: the k-th largest key is searched between the smallest and the largest, three counts at a time, until exactly k
-keys reach it: some seven rounds for keys that differ. What is chosen becomes bits, 32 to a word: a candidate's place in
-the list is a count of bits. Keys stay in registers if the candidates fit in one chunk, in memory if not.
+A candidate's key is 16 bits that order as float16 numbers do, -inf for what is never chosen, +inf for what always is.
+No sort: the k-th largest key is searched by counting, three thresholds a round, two keys an instruction, some six
+rounds. What is chosen becomes bits, a row of up to 32 candidates to a word; a place in the list is a count of bits.
+
+Candidates are taken BN at a time, two keys to a word, the lower one in the lower half. Those of the first chunk stay in
+registers; more chunks are read from memory again in every round.
 """
 
 from __future__ import annotations
@@ -10,61 +13,63 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _ordered(rank, POSITIVE: tl.constexpr):
-    """Bits, int32, that order as float32 ``rank`` does when taken as uint32, neither 0 nor all ones."""
-    if POSITIVE:
-        return rank.to(tl.int32, bitcast=True) + 1
-    bits = (rank + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, -1 - bits, bits ^ -2147483648)
-
-
-@triton.jit
-def _weights(score, top):
-    """Exponentials of scores [GP, BN] over each head's largest."""
-    return tl.exp(score - tl.where(top == float("-inf"), 0.0, top)[:, None])
+# Bits of float16: an infinity, and its negative, as int32 twice in a word
+ALWAYS: tl.constexpr = tl.constexpr(0x7C00)
+NEVER: tl.constexpr = tl.constexpr(0xFC00)
+NEVER_TWICE: tl.constexpr = tl.constexpr(0xFC00FC00 - 2**32)
+# The float16 two below infinity: find_edge needs the one between
+LARGEST: tl.constexpr = tl.constexpr(65472.0)
+MANY: tl.constexpr = tl.constexpr(2**30)
 
 
 @triton.jit
-def _keys(score, weight, total, place, position, sinks, recent,
-          GROUP: tl.constexpr, UNIT: tl.constexpr, REDUCE: tl.constexpr):  # fmt: skip
-    """Keys uint32 [BN] of candidates with scores [GP, BN], -inf where a candidate must not be chosen.
+def make_key(rank, alive, forced, POSITIVE: tl.constexpr):
+    """Key, int32, of float32 ``rank``: rounded down to bfloat16 if never negative, to the nearest float16 if it may be.
 
-    ``weight`` [GP, BN] and their sums ``total`` [GP] are read by softmax_mean alone.
+    A share of attention can be tiny, and needs an exponent; a raw score needs digits.
     """
-    if REDUCE == "softmax_mean":
-        rank = tl.sum(weight * (1 / (tl.maximum(total, 1e-37) * GROUP))[:, None], 0)
-    elif REDUCE == "max":
-        rank = tl.max(score, 0)
+    if POSITIVE:
+        key = tl.minimum(rank.to(tl.int32, bitcast=True) >> 16, ALWAYS - 2)
     else:
-        rank = tl.sum(tl.where(score == float("-inf"), 0.0, score), 0) / GROUP
-    # Without mods all heads of a group see the same candidates
-    alive = tl.max(score, 0) > float("-inf")
-    first = place * UNIT
-    forced = (first < sinks) | (first + UNIT - 1 > position - recent)
-    return tl.where(alive, tl.where(forced, -1, _ordered(rank, REDUCE == "softmax_mean")), 0).to(
-        tl.uint32, bitcast=True
-    )
+        rank = tl.minimum(tl.maximum(rank, -LARGEST), LARGEST)
+        key = rank.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return tl.where(alive, tl.where(forced, ALWAYS, key), NEVER)
 
 
 @triton.jit
-def _load(pointers, mask, WHOLE: tl.constexpr):
-    """Scores that other programs wrote; WHOLE if none is masked, which the loads of thousands are faster for."""
-    if WHOLE:
-        return tl.load(pointers, cache_modifier=".cg")
-    return tl.load(pointers, mask, other=float("-inf"), cache_modifier=".cg")
+def pair(key, BN: tl.constexpr):
+    """Keys [BN] -> words [BN / 2]."""
+    low, high = tl.split(tl.reshape(key, (BN // 2, 2)))
+    return low | (high << 16)
 
 
 @triton.jit
-def _read(keys, place, n):
-    """Keys of one chunk; 0 past the last."""
-    return tl.load(keys + place, place < n, other=0).to(tl.uint32, bitcast=True)
+def load_words(words, chunk, n, BN: tl.constexpr):
+    """Words [BN / 2] of one chunk of ``n`` keys; there is room for whole chunks."""
+    place = chunk * (BN // 2) + tl.arange(0, BN // 2)
+    word = tl.load(words + place)
+    word = tl.where(place * 2 + 1 < n, word, (word & 0xFFFF) | (NEVER_TWICE & -65536))
+    return tl.where(place * 2 < n, word, NEVER_TWICE)
 
 
 @triton.jit
-def _middle(edge, beyond):
-    return edge + ((beyond - edge) >> 1)
+def _number(half):
+    """16 bits of a float16 -> an integer that orders as they do."""
+    return tl.where(half >= 0x8000, 0x8000 - half, half)
+
+
+@triton.jit
+def _twice(number):
+    """Bits of the float16 that orders as ``number``, in both halves of a word."""
+    half = tl.where(number < 0, 0x8000 - number, number)
+    return half | (half << 16)
+
+
+@triton.jit
+def _each(words, threshold):
+    """How many of a word's two keys are at least ``threshold``."""
+    low, high = _number(words & 0xFFFF), _number((words >> 16) & 0xFFFF)
+    return (low >= threshold).to(tl.int32) + (high >= threshold).to(tl.int32)
 
 
 @triton.jit
@@ -73,19 +78,69 @@ def _both(a, b, more_a, more_b):
 
 
 @triton.jit
-def _count(key, low, middle, high):
-    """How many keys reach each threshold, of fewer than 2**15: (``low`` + ``middle`` << 16, ``high``), in one pass."""
-    some = (key >= low).to(tl.int32) + ((key >= middle).to(tl.int32) << 16)
-    return tl.reduce((some, (key >= high).to(tl.int32)), 0, _both)
+def _count(words, low, middle, high, NATIVE: tl.constexpr):
+    """How many keys of a chunk reach each threshold, fewer than 2**15: (``low`` + ``middle`` << 16, ``high``)."""
+    if NATIVE:
+        # Four words at once. Half-precision counters that begin at 1024: their lowest bits are the count
+        some, more = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, t;
+            mov.b32 a, 0x64006400; mov.b32 b, a; mov.b32 c, a;
+            set.ge.f16x2.f16x2 t, $8, $12; add.f16x2 a, a, t;
+            set.ge.f16x2.f16x2 t, $8, $16; add.f16x2 b, b, t;
+            set.ge.f16x2.f16x2 t, $8, $20; add.f16x2 c, c, t;
+            set.ge.f16x2.f16x2 t, $9, $12; add.f16x2 a, a, t;
+            set.ge.f16x2.f16x2 t, $9, $16; add.f16x2 b, b, t;
+            set.ge.f16x2.f16x2 t, $9, $20; add.f16x2 c, c, t;
+            set.ge.f16x2.f16x2 t, $10, $12; add.f16x2 a, a, t;
+            set.ge.f16x2.f16x2 t, $10, $16; add.f16x2 b, b, t;
+            set.ge.f16x2.f16x2 t, $10, $20; add.f16x2 c, c, t;
+            set.ge.f16x2.f16x2 t, $11, $12; add.f16x2 a, a, t;
+            set.ge.f16x2.f16x2 t, $11, $16; add.f16x2 b, b, t;
+            set.ge.f16x2.f16x2 t, $11, $20; add.f16x2 c, c, t;
+            and.b32 a, a, 0x00FF00FF; shr.u32 t, a, 16; add.u32 a, a, t; and.b32 a, a, 0xFF;
+            and.b32 b, b, 0x00FF00FF; shl.b32 t, b, 16; add.u32 b, b, t; and.b32 b, b, 0x00FF0000;
+            and.b32 c, c, 0x00FF00FF; shr.u32 t, c, 16; add.u32 c, c, t; and.b32 $4, c, 0xFF;
+            or.b32 $0, a, b;
+            mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; mov.b32 $5, 0; mov.b32 $6, 0; mov.b32 $7, 0;
+            }""",
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [words, _twice(low), _twice(middle), _twice(high)], dtype=(tl.int32, tl.int32), is_pure=True, pack=4,
+        )  # fmt: skip
+        return tl.reduce((some, more), 0, _both)
+    return tl.reduce((_each(words, low) + (_each(words, middle) << 16), _each(words, high)), 0, _both)
 
 
 @triton.jit
-def _narrow(edge, reached, beyond, low, middle, high, n_low, n_middle, n_high, k):
-    """One round: ``n_low`` keys reach ``low``, and so on; ``reached`` keys, k or more, ``edge``; fewer ``beyond``."""
-    beyond = tl.where(n_high >= k, beyond, tl.where(n_middle >= k, high, tl.where(n_low >= k, middle, low)))
-    edge = tl.where(n_high >= k, high, tl.where(n_middle >= k, middle, tl.where(n_low >= k, low, edge)))
-    reached = tl.where(n_high >= k, n_high, tl.where(n_middle >= k, n_middle, tl.where(n_low >= k, n_low, reached)))
-    return edge, reached, beyond
+def find_edge(words, more_words, n, k,
+              POSITIVE: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """(edge, ties): the k best of n keys are those above ``edge``, and the first ``ties`` of those at it.
+
+    ``words``: the first chunk; the others are read from ``more_words``. Fewer than k keys that may be chosen all are.
+    """
+    edge = tl.full((), 0 if POSITIVE else 1 - ALWAYS, tl.int32)
+    # No key is one below ALWAYS: so none ties there, where nothing was counted yet
+    beyond = tl.full((), ALWAYS, tl.int32)
+    reached = tl.full((), MANY, tl.int32)
+    above = tl.full((), 0, tl.int32)
+    # Where edges lie: shares of attention between 2^-24 and 2^-8, scores between 1 and 16
+    low = tl.full((), 0x3380 if POSITIVE else 0x3C00, tl.int32)
+    middle = tl.full((), 0x3780 if POSITIVE else 0x4400, tl.int32)
+    high = tl.full((), 0x3B80 if POSITIVE else 0x4C00, tl.int32)
+    while (reached != k) & (beyond > edge + 1):
+        some, n_high = _count(words, low, middle, high, NATIVE)
+        n_low, n_middle = some & 0xFFFF, some >> 16
+        for chunk in range(1, CHUNKS):
+            some, more = _count(load_words(more_words, chunk, n, BN), low, middle, high, NATIVE)
+            n_low, n_middle, n_high = n_low + (some & 0xFFFF), n_middle + (some >> 16), n_high + more
+        above = tl.where(n_high >= k, above, tl.where(n_middle >= k, n_high, tl.where(n_low >= k, n_middle, n_low)))
+        beyond = tl.where(n_high >= k, beyond, tl.where(n_middle >= k, high, tl.where(n_low >= k, middle, low)))
+        reached = tl.where(n_high >= k, n_high, tl.where(n_middle >= k, n_middle, tl.where(n_low >= k, n_low, reached)))
+        edge = tl.where(n_high >= k, high, tl.where(n_middle >= k, middle, tl.where(n_low >= k, low, edge)))
+        middle = (edge + beyond) >> 1
+        low, high = (edge + middle) >> 1, (middle + beyond) >> 1
+    # A threshold at the lowest edge that fewer than k reach: all are wanted
+    return edge, tl.where((reached == k) | (beyond == edge), MANY, k - above)
 
 
 @triton.jit
@@ -101,104 +156,97 @@ def _ones(word, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _place(key, edge, cut, before, place, blocks, out,
-           BN: tl.constexpr, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """Write one chunk's choice behind the ``before`` of other chunks; returns the count after.
-
-    Chosen are keys above ``edge``, and those at it before place ``cut``.
-    """
-    LANES: tl.constexpr = 32 if BN >= 32 else BN
-    chosen = (key != 0) & ((key > edge) | ((key == edge) & (place < cut)))
-    # Words of bits: where a candidate goes is the count of those before its word, and of those before it in the word
-    bit = tl.arange(0, LANES)[None]
-    word = tl.sum(tl.reshape(chosen.to(tl.int32), (BN // LANES, LANES)) << bit, 1)
-    count = _ones(word, NATIVE)
-    upto = tl.cumsum(count, 0)
-    where = (before + upto - count)[:, None] + _ones(word[:, None] & ((1 << bit) - 1), NATIVE)
-    where = tl.reshape(where, (BN,))
-    if UNIT == 1:
-        block = tl.load(blocks + place // BLOCK_SIZE, chosen, other=0)
-        tl.store(out + where, block * BLOCK_SIZE + place % BLOCK_SIZE, chosen)
-    else:
-        tl.store(out + where, place, chosen)
-    return before + tl.sum(count, 0)
+def _marks(words, edge, NATIVE: tl.constexpr):
+    """(above the edge, at it): bits 0 and 1 for the lower and the upper key of each word."""
+    if NATIVE:
+        # 1.0 is 0x3C00: bits 10 and 26 say whether it is
+        above, tied = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, u;
+            set.gt.f16x2.f16x2 t, $2, $3; shr.u32 u, t, 25; shr.u32 t, t, 10; lop3.b32 t, t, 1, 0, 0xC0;
+            lop3.b32 $0, u, 2, t, 0xEA;
+            set.eq.f16x2.f16x2 t, $2, $3; shr.u32 u, t, 25; shr.u32 t, t, 10; lop3.b32 t, t, 1, 0, 0xC0;
+            lop3.b32 $1, u, 2, t, 0xEA;
+            }""",
+            "=&r,=&r,r,r", [words, _twice(edge)], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        return above, tied
+    low, high = _number(words & 0xFFFF), _number((words >> 16) & 0xFFFF)
+    above = (low > edge).to(tl.int32) | ((high > edge).to(tl.int32) << 1)
+    return above, (low == edge).to(tl.int32) | ((high == edge).to(tl.int32) << 1)
 
 
 @triton.jit
-def keep_best(scores, n, k, blocks, keys, out, count, filler, position, sinks, recent, score_stride, K,
-              GROUP: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr, KP: tl.constexpr,
-              BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr, REDUCE: tl.constexpr,
-              NATIVE: tl.constexpr):  # fmt: skip
-    """Choose the best ``k`` of ``n`` candidates with scores [GROUP, n]; write them ascending to ``out`` [K].
+def _first_bits(word, n, NATIVE: tl.constexpr):
+    """The lowest ``n`` set bits of each word; few words have more than n, which is at least 0, and some."""
+    extra = tl.where(n == 0, 0, tl.maximum(_ones(word, NATIVE) - n, 0))
+    word = tl.where(n == 0, 0, word)
+    for _ in range(tl.max(extra, 0)):
+        below = word.to(tl.uint32, bitcast=True)
+        below |= below >> 1
+        below |= below >> 2
+        below |= below >> 4
+        below |= below >> 8
+        below |= below >> 16
+        word = tl.where(extra > 0, word & (below >> 1).to(tl.int32, bitcast=True), word)
+        extra -= 1
+    return word
 
-    ``scores`` has rows ``score_stride`` apart; WHOLE: n is BN * CHUNKS and GROUP is GP, so that no load is masked.
-    Entries past the count get ``filler``; ``count`` gets the count.
-    A candidate is UNIT tokens: a block, or (UNIT 1) a token of the kept ``blocks``, which are ascending and hold all
-    sinks and the whole window: counted in such tokens, ``position`` and ``recent`` say what to keep just as well.
-    """
-    head = tl.arange(0, GP)[:, None]
-    lane = tl.arange(0, BN)
-    top = tl.full((GP,), float("-inf"), tl.float32)
-    total = tl.zeros((GP,), tl.float32)
-    if CHUNKS == 1:
-        score = _load(scores + head * score_stride + lane[None], (head < GROUP) & (lane < n)[None], WHOLE)
-        weight = score
-        if REDUCE == "softmax_mean":
-            weight = _weights(score, tl.max(score, 1))
-            total = tl.sum(weight, 1)
-        key = _keys(score, weight, total, lane, position, sinks, recent, GROUP, UNIT, REDUCE)
-        alive = tl.sum((key != 0).to(tl.int32), 0)
-        edge = tl.min(tl.where(key == 0, 0xFFFFFFFE, key), 0)
-        beyond = tl.max(tl.where(key == 0xFFFFFFFF, 0, key), 0) + 1
+
+@triton.jit
+def _scatter(pointers, value, mask, NATIVE: tl.constexpr):
+    """A masked store that stays in its layout: tl.store would move everything to one that it takes for coalesced."""
+    if NATIVE:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }", "=r,l,r,r",
+            [pointers, value, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
     else:
-        for chunk in range(CHUNKS):
-            place = chunk * BN + lane
-            score = _load(scores + head * score_stride + place[None], (head < GROUP) & (place < n)[None], WHOLE)
-            higher = tl.maximum(top, tl.max(score, 1))
-            total = total * tl.exp(top - tl.where(higher == float("-inf"), 0.0, higher))
-            total += tl.sum(_weights(score, higher), 1)
-            top = higher
-        alive = 0
-        edge = tl.full((), 0xFFFFFFFE, tl.uint32)
-        beyond = tl.full((), 1, tl.uint32)
-        for chunk in range(CHUNKS):
-            place = chunk * BN + lane
-            score = _load(scores + head * score_stride + place[None], (head < GROUP) & (place < n)[None], WHOLE)
-            key = _keys(score, _weights(score, top), total, place, position, sinks, recent, GROUP, UNIT, REDUCE)
-            tl.store(keys + place, key.to(tl.int32, bitcast=True), place < n)
-            alive += tl.sum((key != 0).to(tl.int32), 0)
-            edge = tl.minimum(edge, tl.min(tl.where(key == 0, 0xFFFFFFFE, key), 0))
-            beyond = tl.maximum(beyond, tl.max(tl.where(key == 0xFFFFFFFF, 0, key), 0) + 1)
-        tl.debug_barrier()
-        key = _read(keys, lane, n)
-    reached = alive
-    while (reached > k) & (beyond > edge + 1):
-        middle = _middle(edge, beyond)
-        low, high = _middle(edge, middle), _middle(middle, beyond)
-        some, n_high = _count(key, low, middle, high)
-        n_low, n_middle = some & 0xFFFF, some >> 16
-        for chunk in range(1, CHUNKS):
-            some, more = _count(_read(keys, chunk * BN + lane, n), low, middle, high)
-            n_low, n_middle, n_high = n_low + (some & 0xFFFF), n_middle + (some >> 16), n_high + more
-        edge, reached, beyond = _narrow(edge, reached, beyond, low, middle, high, n_low, n_middle, n_high, k)
-    cut = n
-    if reached > k:
-        # More keys at the edge than there is room for: the first of them, up to a place searched in the same way
-        first = 0
-        while cut > first + 1:
-            middle_place = (first + cut) >> 1
-            now = tl.sum(((key > edge) | ((key == edge) & (lane < middle_place))).to(tl.int32), 0)
-            for chunk in range(1, CHUNKS):
-                place = chunk * BN + lane
-                other = _read(keys, place, n)
-                now += tl.sum(((other > edge) | ((other == edge) & (place < middle_place))).to(tl.int32), 0)
-            first = tl.where(now <= k, middle_place, first)
-            cut = tl.where(now <= k, cut, middle_place)
-        cut = first
-    kept = _place(key, edge, cut, 0, lane, blocks, out, BN, BLOCK_SIZE, UNIT, NATIVE)
+        tl.store(pointers, value, mask)
+
+
+@triton.jit
+def _write_chunk(words, chunk, edge, ties, n_above, n_tied, blocks, out, n, first, end,
+                 BN: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """One chunk's entries of the list, behind ``n_above`` and ``n_tied`` keys of other chunks; both counts after it."""
+    # A row lies in one block
+    ROW: tl.constexpr = min(32, BLOCK_SIZE) if TOKENS else 32
+    above, tied = _marks(tl.reshape(words, (BN // ROW, ROW // 2)), edge, NATIVE)
+    i = tl.arange(0, ROW // 2)[None] * 2
+    above, tied = tl.sum(above << i, 1), tl.sum(tied << i, 1)
+    count = _ones(above, NATIVE) | (_ones(tied, NATIVE) << 16)
+    before = tl.cumsum(count, 0) - count
+    tied_before = n_tied + (before >> 16)
+    chosen = above | _first_bits(tied, tl.maximum(ties - tied_before, 0), NATIVE)
+    where = n_above + (before & 0xFFFF) + tl.minimum(tied_before, ties)
+    start = chunk * BN + tl.arange(0, BN // ROW) * ROW
+    value = start
+    if TOKENS:
+        block = tl.load(blocks + start // BLOCK_SIZE, start < n, other=0, cache_modifier=".cg")
+        value = block * BLOCK_SIZE + start % BLOCK_SIZE
+    for half in tl.static_range(2):
+        bit = i + half
+        place = where[:, None] + _ones(chosen[:, None] & ((1 << bit) - 1), NATIVE)
+        mine = (((chosen[:, None] >> bit) & 1) != 0) & (place >= first) & (place < end)
+        _scatter(out + place, value[:, None] + bit, mine, NATIVE)
+    total = tl.sum(count, 0)
+    return n_above + (total & 0xFFFF), n_tied + (total >> 16)
+
+
+@triton.jit
+def write_list(words, more_words, n, edge, ties, blocks, out, first, end, filler,
+               BN: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+               TOKENS: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """Write entries ``first`` to ``end`` of the ascending list of what is chosen; returns how many are.
+
+    An entry is a candidate's place or, with TOKENS, its slot: candidates are then the tokens of ``blocks``. Entries
+    past the count get ``filler``. WIDTH: at least ``end - first``, a power of two.
+    """
+    above, tied = _write_chunk(words, 0, edge, ties, 0, 0, blocks, out, n, first, end, BN, BLOCK_SIZE, TOKENS, NATIVE)
     for chunk in range(1, CHUNKS):
-        place = chunk * BN + lane
-        kept = _place(_read(keys, place, n), edge, cut, kept, place, blocks, out, BN, BLOCK_SIZE, UNIT, NATIVE)
-    tl.store(count, kept)
-    entry = tl.arange(0, KP)
-    tl.store(out + entry, tl.zeros((KP,), tl.int32) + filler, (entry >= kept) & (entry < K))
+        above, tied = _write_chunk(load_words(more_words, chunk, n, BN), chunk, edge, ties, above, tied, blocks, out, n,
+                                   first, end, BN, BLOCK_SIZE, TOKENS, NATIVE)  # fmt: skip
+    kept = above + tl.minimum(tied, ties)
+    entry = first + tl.arange(0, WIDTH)
+    tl.store(out + entry, tl.zeros((WIDTH,), tl.int32) + filler, (entry >= kept) & (entry < end))
+    return kept

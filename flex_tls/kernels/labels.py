@@ -29,14 +29,27 @@ def load_codes(codes, slot, mask, stride, READ: tl.constexpr):
 
 
 @triton.jit
-def dot_codes(words, asked, g, READ: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """Head ``g`` of ``asked`` times the codes in ``words``: int32 [X, Y]."""
+def load_asked(asked, base, unit, which, READ: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """What queries ask, as scalars, outside of any loop: (words (g, j, w), base ``which`` (g), unit (g))."""
+    SUB: tl.constexpr = 8 // BITS
+    words, bases, units = (), (), ()
+    for g in tl.static_range(GROUP):
+        for j in tl.static_range(SUB):
+            for w in tl.static_range(READ):
+                words = words + (tl.load(asked + (g * SUB + j) * W + w),)  # type: ignore[assignment]  # noqa: RUF005
+        bases = bases + (tl.load(base + 2 * g + which),)  # type: ignore[assignment]  # noqa: RUF005
+        units = units + (tl.load(unit + g),)  # type: ignore[assignment]  # noqa: RUF005
+    return words, bases, units
+
+
+@triton.jit
+def dot_codes(words, asked, g: tl.constexpr, total, READ: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
+    """``total`` int32 [X, Y] + head ``g`` of ``asked``, from :func:`load_asked`, times the codes in ``words``."""
     SUB: tl.constexpr = 8 // BITS
     # As a signed 32-bit number
     MASK: tl.constexpr = (2**BITS - 1) * 0x01010101 if BITS < 8 else -1
-    total = tl.zeros_like(words[0])
     for w in tl.static_range(READ):
         for j in tl.static_range(SUB):
-            weight = tl.zeros_like(total) + tl.load(asked + (g * SUB + j) * W + w)
+            weight = tl.zeros_like(words[0]) + asked[(g * SUB + j) * READ + w]
             total = dot4((words[w] >> (BITS * j)) & MASK, weight, total, NATIVE)
     return total

@@ -1,4 +1,4 @@
-"""Which selection a program works on."""
+"""Rows: which selection a program works on, and how the programs of a row wait for one another."""
 
 from __future__ import annotations
 
@@ -13,3 +13,37 @@ def locate(seq_lens, n_heads, T):
     head = row // T
     position = tl.load(seq_lens + head // n_heads).to(tl.int32) - T + (row % T).to(tl.int32)
     return row, head, position
+
+
+@triton.jit
+def share(n, PROGRAMS: tl.constexpr):
+    """Which of ``n`` things of its row are the program's: from, up to."""
+    per = tl.cdiv(n, PROGRAMS)
+    first = tl.program_id(0) * per
+    return first, tl.minimum(n, first + per)
+
+
+@triton.jit
+def meet(counter, PROGRAMS: tl.constexpr):
+    """Wait until every program of the row is here; what each of them wrote is then there for loads past the L1 (.cg).
+
+    All programs of the row must be running at once. One program has nobody to wait for but its own threads.
+    """
+    tl.debug_barrier()
+    if PROGRAMS > 1:
+        tl.atomic_add(counter, 1, sem="release")
+        # Every thread looks for itself, and so sees what the others released
+        while tl.inline_asm_elementwise("ld.acquire.gpu.global.u32 $0, [$1];", "=r,l", [counter],
+                                        dtype=tl.int32, is_pure=False, pack=1) < PROGRAMS:  # fmt: skip
+            pass
+
+
+@triton.jit
+def leave(counters, stride, PROGRAMS: tl.constexpr):
+    """The last of a row's programs to come here sets the row's three counters to zero again."""
+    if PROGRAMS > 1:
+        tl.debug_barrier()
+        if tl.atomic_add(counters + 2 * stride, 1, sem="acq_rel") == PROGRAMS - 1:
+            tl.store(counters, 0)
+            tl.store(counters + stride, 0)
+            tl.store(counters + 2 * stride, 0)

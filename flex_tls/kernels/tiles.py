@@ -13,30 +13,34 @@ NATIVE: bool = not triton.knobs.runtime.interpret
 
 
 class Tiles(NamedTuple):
-    """Sizes in tokens, warps a program, and how many tiles or splits.
+    """How a kernel's work is cut, and how many loads of a pipelined loop are under way (stages).
 
     Attributes:
-        filter_tile, filter_tiles: tokens that level 1 scores at once, and how many times a program does.
-        select_tile: candidates that a program of level 2 scores.
-        attend_tile, attend_splits: tokens gathered at once, and programs a row.
-        choose: scores that a program holds while it chooses; more candidates are taken in chunks.
+        programs: that share a row.
+        warps: of a program.
+        score_words, score_stages: words of labels that level 1 takes at once.
+        rank_words: words of labels that level 2 takes at once.
+        attend_tile, attend_stages: tokens gathered at once.
+        choose: candidates that a program holds while it chooses; more are taken in chunks.
     """
 
-    filter_tile: int
-    filter_tiles: int
-    filter_warps: int
-    select_tile: int
-    select_warps: int
+    programs: int
+    warps: int
+    score_words: int
+    score_stages: int
+    rank_words: int
     attend_tile: int
-    attend_splits: int
-    attend_warps: int
     attend_stages: int
     choose: int
 
     def chunk(self, n: int) -> tuple[int, int]:
-        """(candidates of one chunk, chunks) for ``n``."""
-        size = min(padded(n), self.choose)
+        """(candidates of one chunk, chunks) for ``n``: at least 8 a thread, which are counted four words at once."""
+        size = min(padded(n, 256 * self.warps if NATIVE else 32), self.choose)
         return size, -(-n // size)
+
+    def blocks_of(self, words: int, of_label: int, block_size: int) -> int:
+        """Blocks whose labels, ``of_label`` words each, are some ``words`` in all; a power of two."""
+        return max(1, words // (padded(of_label) * block_size))
 
 
 def padded(n: int, least: int = 1) -> int:
@@ -50,51 +54,35 @@ def n_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tiles_for(
-    device: torch.device, *, head_dim: int, group: int, rows: int, n_slots: int, block_size: int, selected: int
-) -> Tiles:
-    """Settings for ``rows`` selections over ``n_slots`` slots, of ``selected`` tokens in the end."""
+def tiles_for(device: torch.device, *, head_bytes: int, rows: int) -> Tiles:
+    """Settings of :mod:`.two_level` for ``rows`` selections, and of :mod:`.attend` over a list.
+
+    ``head_bytes``: of one key. The programs of a row wait for one another, so all of them must run at once: at most one
+    a processor.
+    """
     if device.type != "cuda":
-        # Interpreted, on small shapes: several tiles, splits and chunks all the same
-        return Tiles(
-            filter_tile=max(block_size, 128),
-            filter_tiles=2,
-            filter_warps=4,
-            select_tile=64,
-            select_warps=4,
-            attend_tile=16,
-            attend_splits=3,
-            attend_warps=4,
-            attend_stages=1,
-            choose=128,
-        )
-    processors = n_processors(device)
-    filter_tile = max(block_size, 1024)
-    # Few rows: latency counts, and every program takes one tile. Many: some eight programs a processor
-    filter_tiles = max(1, rows * -(-n_slots // filter_tile) // (processors * 8))
-    many = rows >= processors // 2
-    attend_tile = 128 if head_dim <= 128 else 64
-    splits = max(1, min(-(-selected // attend_tile), -(-processors * 2 // rows)))
+        # Interpreted, on small shapes: several tiles, programs and chunks all the same
+        return Tiles(2, 4, 128, 1, 64, 16, 1, 128)
+    programs = max(1, min(16, n_processors(device) // rows))
     return Tiles(
-        filter_tile=filter_tile,
-        filter_tiles=filter_tiles,
-        filter_warps=4,
-        select_tile=max(block_size, 2048 if many else 1024),
-        select_warps=16 if many else 8,
-        attend_tile=attend_tile,
-        attend_splits=splits,
-        attend_warps=4,
-        attend_stages=2 if many else 1,
-        choose=max(256, min(8192, 32768 // padded(group))),
+        programs=programs,
+        warps=8,
+        score_words=8192,
+        score_stages=3,
+        rank_words=2048 if programs > 1 else 8192,
+        # Two stages of keys and values of 32 KiB each are 128 KiB of shared memory
+        attend_tile=min(64 if programs > 1 else 128, max(16, 2**15 // padded(head_bytes))),
+        attend_stages=2,
+        choose=8192,
     )
 
 
-def tiles_for_all(device: torch.device, *, head_dim: int, rows: int) -> Tiles:
+def tiles_for_all(device: torch.device, *, head_bytes: int, rows: int) -> Tiles:
     """Settings of :mod:`.attend` for ``rows`` queries that read their whole context: long streams, deeply pipelined."""
-    tiles = tiles_for(device, head_dim=head_dim, group=1, rows=rows, n_slots=1, block_size=1, selected=1)
+    tiles = tiles_for(device, head_bytes=head_bytes, rows=rows)
     if device.type != "cuda":
         return tiles
-    splits = max(1, n_processors(device) // rows)
-    # In float32 three stages of 64 keys and values of 256 channels take 283 KB of shared memory, and 32 of them 150
-    tile = 64 if head_dim <= 128 else 32
-    return tiles._replace(attend_tile=tile, attend_splits=splits, attend_warps=4, attend_stages=3)
+    programs = max(1, n_processors(device) // rows)
+    # Three stages of 32 keys and values of 1 KiB take 150 KB of shared memory, and 64 of them 283
+    tile = 64 if head_bytes <= 512 else 32
+    return tiles._replace(programs=programs, attend_tile=tile, warps=4, attend_stages=3)

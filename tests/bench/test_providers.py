@@ -81,9 +81,9 @@ def test_quest_keeps_the_newest_block_and_those_with_the_best_bounds(n: int) -> 
 
 @pytest.mark.parametrize("distinct", [5, 10_000], ids=["ties", "distinct"])
 def test_double_sparsity_keeps_the_best_tokens_of_the_whole_cache(distinct: int) -> None:
+    from bench.kernels.ask import launch_ask
     from bench.kernels.rank_labels import launch_rank_labels
     from bench.providers.double_sparsity import make_labels
-    from flex_tls.kernels.ask import launch_ask
 
     b, hkv, group, d, s, kept = 1, 2, 4, 128, 1040, 20
     generator = torch.Generator().manual_seed(distinct)
@@ -92,11 +92,12 @@ def test_double_sparsity_keeps_the_best_tokens_of_the_whole_cache(distinct: int)
     k = keys[:, :, torch.randint(distinct, (s,), generator=generator)].to(DEVICE)
     labels = make_labels(q, k)
     assert labels.codes.shape == (b, hkv, 2, s)
+    lens = torch.full((b,), s, device=DEVICE)
     asked, base, unit = launch_ask(
-        q, labels.to_query, labels.low, labels.step, bits=4, n_words=2, filter_dims=labels.low.shape[2]
+        q, lens, labels.to_query, labels.low, labels.step, bits=4, n_words=2, filter_dims=labels.low.shape[2]
     )
     arrivals = torch.zeros(b * hkv, dtype=torch.int32, device=DEVICE)
-    ids, counts = launch_rank_labels(labels.codes, asked, base, unit, arrivals, bits=4, kept=kept)
+    ids, counts = launch_rank_labels(labels.codes, lens, asked, base, unit, arrivals, bits=4, kept=kept)
     assert counts.tolist() == [kept] * (b * hkv)
     assert not arrivals.any()
     code = (labels.codes[:, :, :, None] >> torch.arange(0, 32, 4, device=DEVICE)[:, None]) & 15

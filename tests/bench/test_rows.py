@@ -52,6 +52,7 @@ def test_rows_come_back_from_their_file_as_they_went_in(tmp_path: Path) -> None:
     append(path, [ROW])
     append(path, [vary(token_budget=None, dirty=True)])
     assert read(path) == [ROW, vary(token_budget=None, dirty=True)]
+    assert read(tmp_path / "none.jsonl") == []
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Row)])
@@ -60,13 +61,13 @@ def test_a_row_without_one_of_its_fields_is_refused(name: str, tmp_path: Path) -
     del fields[name]
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{ROW.to_json()}\n{json.dumps(fields)}\n")
-    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: row: .* missing \['{name}'\], unknown \[\]"):
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: expected the fields .*missing \['{name}'\], unknown \[\]"):
         read(path)
 
 
 def test_an_unknown_field_is_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown \['speed'\]"):
-        Row.from_json(json.dumps(dataclasses.asdict(ROW) | {"speed": 1.0}))
+        Row.from_dict(dataclasses.asdict(ROW) | {"speed": 1.0})
 
 
 @pytest.mark.parametrize(("name", "value"), [("S", 1.5), ("median_us", "fast"), ("runs", True), ("gpu", None)])

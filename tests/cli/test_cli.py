@@ -44,6 +44,19 @@ def test_inspect_says_what_each_backend_would_do(tmp_path: Path) -> None:
     assert found["backends"]["auto"] == f"takes '{expected}'"
 
 
+def test_inspect_explains_a_model_without_its_weights(model_folder: Path, tmp_path: Path) -> None:
+    (model_folder / "model.safetensors").unlink()
+    out = tmp_path / "found.json"
+    options = ["--context", "1000", "--block-budget", "1/4", "--token-budget", "all", "--device", "cpu"]
+    result = runner.invoke(cli.app, ["inspect", "--model", str(model_folder), *options, "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert [line["layers"] for line in found["layers"]] == ["0-1", "2-3"]
+    assert [line["attention"] for line in found["layers"]] == ["full", "two-level"]
+    assert found["layers"][1]["tokens"] == "192"
+    assert "1 x 1,000 tokens, float32 on cpu" in found["decode step"]["cache"]
+
+
 def test_inspect_says_why_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "INSTALLED", False)
     result = runner.invoke(cli.app, ["inspect"])

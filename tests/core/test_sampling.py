@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +20,14 @@ from flex_tls import Sampling
 UNIT = st.floats(0.05, 1.0)
 
 
+def scores(seed: int, b: int, v: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids [B, 4], logits [B, V], and which tokens occur in the ids, bool [B, V]."""
+    gen = torch.Generator().manual_seed(seed)
+    logits = torch.randn(b, v, generator=gen) * 3
+    ids = torch.randint(0, v, (b, 4), generator=gen)
+    return ids, logits, torch.zeros(b, v, dtype=torch.bool).scatter(1, ids, True)
+
+
 @given(
     st.integers(0, 10**6), st.integers(1, 3), st.integers(2, 60), st.floats(0.2, 3), st.none() | st.integers(1, 80),
     st.none() | UNIT, st.none() | UNIT, st.sampled_from((1.0, 0.7, 1.3)),
@@ -26,9 +36,7 @@ def test_filters_are_transformers(
     seed: int, b: int, v: int, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None,
     penalty: float,
 ) -> None:  # fmt: skip
-    gen = torch.Generator().manual_seed(seed)
-    logits = torch.randn(b, v, generator=gen) * 3
-    ids = torch.randint(0, v, (b, 4), generator=gen)
+    ids, logits, seen = scores(seed, b, v)
     oracle = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)])
     if top_k is not None:
         oracle.append(TopKLogitsWarper(top_k))
@@ -36,13 +44,27 @@ def test_filters_are_transformers(
         oracle.append(TopPLogitsWarper(top_p))
     if min_p is not None:
         oracle.append(MinPLogitsWarper(min_p))
-    want = oracle(ids, logits.clone()).softmax(-1)
-    seen = torch.zeros(b, v, dtype=torch.bool).scatter(1, ids, True)
-    got = Sampling(temperature, top_k, top_p, min_p, penalty).filtered(logits, seen).softmax(-1)
-    # A token on the edge of top_p may fall on either side: cumulative sums run in opposite directions
-    assert ((got > 0) != (want > 0)).sum() <= b * (top_p is not None)
-    both = (got > 0) & (want > 0)
-    torch.testing.assert_close(got[both], want[both], rtol=0.3 if top_p is not None else 1e-4, atol=1e-5)
+    got = Sampling(temperature, top_k, top_p, min_p, penalty).filtered(logits, seen)
+    assert torch.equal(got, oracle(ids, logits.clone()))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "processor"),
+    [
+        (Sampling(temperature=0.7), TemperatureLogitsWarper(0.7)),
+        (Sampling(temperature=1.0, top_k=5), TopKLogitsWarper(5)),
+        (Sampling(temperature=1.0, top_p=0.6), TopPLogitsWarper(0.6)),
+        (Sampling(temperature=1.0, min_p=0.2), MinPLogitsWarper(0.2)),
+        (Sampling(repetition_penalty=1.4), RepetitionPenaltyLogitsProcessor(1.4)),
+    ],
+    ids=["temperature", "top_k", "top_p", "min_p", "repetition_penalty"],
+)
+@given(st.integers(0, 10**6))
+def test_each_setting_alone_is_its_processor(sampling: Sampling, processor: Any, seed: int) -> None:
+    ids, logits, seen = scores(seed, 2, 40)
+    got = sampling.filtered(logits, seen)
+    assert torch.equal(got, processor(ids, logits.clone()))
+    assert not torch.equal(got, logits)
 
 
 def test_draws_follow_the_distribution_and_the_seed() -> None:

@@ -124,7 +124,8 @@ def test_a_head_that_sees_nothing_has_no_say() -> None:
     scores = torch.randn(1, 1, 2, 1, 6)
     scores[:, :, 1] = -torch.inf
     rank = reduce_group(scores, tls.TLSConfig())
-    torch.testing.assert_close(rank, scores[:, :, 0].softmax(-1) / 2)
+    # Ranks are rounded down to eight digits
+    torch.testing.assert_close(rank, scores[:, :, 0].softmax(-1) / 2, rtol=2**-7, atol=0)
 
 
 def test_indices_of_a_token_selection_ascend_and_end_in_padding() -> None:

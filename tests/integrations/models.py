@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as token_models
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -69,3 +72,13 @@ def prompts(*lengths: int) -> dict[str, torch.Tensor]:
         ids[row, longest - length :] = torch.randint(2, VOCAB, (length,), generator=generator)
         mask[row, longest - length :] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Tokens of one to three letters for all of the models' ids."""
+    letters = [chr(ord("a") + i) for i in range(26)]
+    words = letters + [a + b for a in "abcd" for b in letters[:9]] + [a + "e" + b for a in "abcde" for b in letters[:7]]
+    plain = Tokenizer(token_models.WordLevel({word: i for i, word in enumerate(words[:VOCAB])}, unk_token="a"))
+    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    plain.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="a")

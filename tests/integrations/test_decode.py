@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -8,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flex_tls as tls
+from flex_tls.integrations.huggingface import enabled
+from flex_tls.prefill import read_prompt
 from flex_tls.static import append_tokens, attend_all
 from tests.cases import make as make_case
-from tests.integrations.models import FAMILIES, SPARSE, make, prompts
+from tests.integrations.models import FAMILIES, FULL, SPARSE, make, prompts, tokenizer
 
 NO_WINDOW = [family for family in FAMILIES if "window" not in family]
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
@@ -20,7 +24,7 @@ def cache_for(model: Any, batch_size: int, max_len: int = 160, cfg: tls.TLSConfi
     return tls.TLSCache(model.config, cfg, batch_size=batch_size, max_len=max_len)
 
 
-def transformers_output(model: Any, cache: tls.TLSCache, n: int, **inputs: torch.Tensor) -> torch.Tensor:
+def transformers_output(model: Any, cache: tls.TLSCache, n: int, **inputs: Any) -> torch.Tensor:
     tls.enable(model)
     try:
         out: torch.Tensor = model.generate(**inputs, past_key_values=cache, max_new_tokens=n, do_sample=False)
@@ -41,6 +45,19 @@ def test_greedy_is_what_transformers_generates(family: str, lens: tuple[int, ...
     )  # fmt: skip
     assert torch.equal(got, want)
     assert (ours.seq_lens, ours.get_seq_length()) == (theirs.seq_lens, theirs.get_seq_length())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral, window"])
+@pytest.mark.parametrize("lens", [(90, 90), (90, 41, 7)])
+def test_a_prompt_read_in_chunks_is_the_prompt(family: str, lens: tuple[int, ...]) -> None:
+    model, inputs = make(family), prompts(*lens)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    whole, chunked = cache_for(model, len(lens)), cache_for(model, len(lens))
+    with torch.no_grad(), enabled(model):
+        want = read_prompt(model, whole, ids, mask)
+        got = read_prompt(model, chunked, ids, mask, chunk_tokens=23)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert chunked.seq_lens == whole.seq_lens == list(lens)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -69,22 +86,43 @@ def test_the_compiled_step_generates_the_same(family: str, lens: tuple[int, ...]
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_a_later_turn_and_another_prompt_compile_nothing(device: str) -> None:
+def test_a_later_turn_and_another_prompt_compile_nothing(device: str, capfd: pytest.CaptureFixture[str]) -> None:
     model = make("qwen3").to(device)
     cache = cache_for(model, 1)
 
-    def run(n: int) -> None:
+    def run(n: int) -> str:
         ids = prompts(n)["input_ids"].to(device)
-        tls.generate(model, ids, cache=cache, max_new_tokens=4, compiled=True)
+        tls.generate(model, ids, cache=cache, max_new_tokens=4, compiled=True, progress=True)
+        return capfd.readouterr().err
 
-    run(60)
+    seen = run(60)
+    assert "reading the prompt" in seen
+    assert "compiling the step: 00:0" in seen
     counters = torch._dynamo.utils.counters
     before = counters["stats"]["unique_graphs"]
     assert before > 0
-    run(90)
+    assert "compiling the step" not in run(90)
     cache.reset()
     run(75)
     assert counters["stats"]["unique_graphs"] == before
+
+
+def test_ten_caches_in_one_process_compile_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo gives up on a code object after eight compilations: each step needs its own."""
+    compile_ = torch.compile
+
+    def traced(function: Any, options: Any = None, **kwargs: Any) -> Any:
+        return compile_(function, backend="eager", **kwargs)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    model, ids = make("llama"), prompts(9)["input_ids"]
+    for i in range(10):
+        cache = cache_for(model, 1, max_len=16 + 16 * i, cfg=FULL)
+        tls.generate(model, ids, cache=cache, max_new_tokens=2, compiled=True)
+        buffer = weakref.ref(cache.tls_layers[0].keys)
+        del cache
+        gc.collect()
+        assert buffer() is None
 
 
 def test_rows_end_at_their_stop_token() -> None:
@@ -101,6 +139,34 @@ def test_rows_end_at_their_stop_token() -> None:
         assert row[:end] == whole[: min(end, len(row))]
         assert set(row[end:]) <= {5}
     assert cache.get_seq_length() == 40 + got.shape[1] - 1
+
+
+@pytest.mark.parametrize("lens", [(40,), (40, 33, 12)])
+@pytest.mark.parametrize("from_prompt", [False, True])
+def test_stop_strings_end_rows_where_transformers_ends_them(lens: tuple[int, ...], from_prompt: bool) -> None:
+    """A stop string crosses token borders, and may begin in the prompt; rows that ended are padded."""
+    model, inputs, words = make("qwen3"), prompts(*lens), tokenizer()
+    free = tls.generate(
+        model, inputs["input_ids"], attention_mask=inputs["attention_mask"], cache=cache_for(model, len(lens)),
+        max_new_tokens=10, compiled=False,
+    )  # fmt: skip
+    # Out of row 0's text: the end of one token and the beginning of the next
+    first = 39 if from_prompt else 43
+    left, right = (words.decode(free[0, i]) for i in (first, first + 1))
+    strings = [left[-1] + right[:1], "zzzz"]
+    stop = {"stop_strings": strings, "tokenizer": words}
+    # Without an end-of-sequence token transformers lets a row go on while others do
+    model.generation_config.eos_token_id = 96
+    theirs, ours = cache_for(model, len(lens)), cache_for(model, len(lens))
+    want = transformers_output(model, theirs, 10, **inputs, **stop)
+    got = tls.generate(
+        model, inputs["input_ids"], attention_mask=inputs["attention_mask"], cache=ours, max_new_tokens=10,
+        compiled=False, **stop,
+    )  # fmt: skip
+    assert torch.equal(got, want)
+    assert got[0, first + 2 :].eq(0).all()
+    assert len(lens) > 1 or got.shape[1] == first + 2
+    assert (ours.seq_lens, ours.get_seq_length()) == (theirs.seq_lens, theirs.get_seq_length())
 
 
 def test_streamer_and_seed() -> None:
@@ -146,6 +212,12 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"sliding windows.*compiled=False"):
         tls.generate(windowed, ids, cache=unread, max_new_tokens=4, compiled=True)
     assert unread.get_seq_length() == 0
+    with pytest.raises(ValueError, match="tokenizer: expected the model's tokenizer"):
+        tls.generate(model, ids, cache=unread, max_new_tokens=4, stop_strings="stop")
+    with pytest.raises(ValueError, match="stop_strings: expected strings with at least one character"):
+        tls.generate(model, ids, cache=unread, max_new_tokens=4, stop_strings=[""], tokenizer=tokenizer())
+    with pytest.raises(ValueError, match=r"inductor_options: expected options of torch\.compile.*no_such_option"):
+        tls.generate(model, ids, cache=unread, max_new_tokens=4, inductor_options={"no_such_option": True})
     box = tls.TLSConfig(block_size=16, block_budget=48, token_budget=32, sink_tokens=4, recent_tokens=8, index="box")
     with pytest.raises(ValueError, match="index='lowrank'"):
         tls.generate(model, ids, cache=cache_for(model, 1, cfg=box), max_new_tokens=4, compiled=True)

@@ -52,8 +52,8 @@ def check(case: Case, scale: float | None = None) -> Attended:
 
 
 # Interpreted kernels take a second a case: a failure is reported as drawn, not shrunk
-@settings(max_examples=10, phases=(Phase.explicit, Phase.generate))
-@given(cases(kinds=("lowrank",)), st.sampled_from((None, 0.3)), st.booleans())
+@settings(max_examples=8, phases=(Phase.explicit, Phase.generate))
+@given(cases(kinds=("lowrank",), max_t=2, max_hkv=2), st.sampled_from((None, 0.3)), st.booleans())
 def test_the_fused_pipeline_computes_what_the_reference_does(case: Case, scale: float | None, half: bool) -> None:
     # 8 channels of 2 and 4 bits are one word: only at 8 bits can level 1 read fewer
     dims = 4 if half and case.cfg.label_bits == 8 else None
@@ -67,7 +67,7 @@ def test_the_fused_pipeline_computes_what_the_reference_does(case: Case, scale: 
         (3, 80, 2, torch.bfloat16),
         (5, 96, 1, torch.float16),
         (7, 256, 1, torch.bfloat16),
-        (8, 128, 3, torch.float32),
+        (8, 128, 2, torch.float32),
         (16, 128, 1, torch.bfloat16),
     ],
 )

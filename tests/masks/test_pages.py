@@ -73,7 +73,7 @@ def test_the_reference_over_a_pool_is_the_reference_over_its_blocks(
     pool = paged(case, index.n_blocks + spare, seed, held)
     look = kept(scored.chosen, held)
     got = attend_pages(case.q, *pool, scored, look, index, case.cfg, "reference", mask_mod, scale, score_mod)
-    tokens = tokens_from_scores(index, case.cfg, look, scored.tokens)
+    tokens = tokens_from_scores(index, case.cfg, look, scored.tokens, scored.labels)
     want, lse = attention_reference(
         case.q, case.k, case.v, tokens, scale=scale, score_mod=score_mod, mask_mod=mask_mod
     )  # fmt: skip
@@ -132,7 +132,7 @@ def case_to(
         return case.q, *pool, scored, look, index
     to = lambda x: dataclasses.replace(x, indices=x.indices.to(device), counts=x.counts.to(device))  # noqa: E731
     pages = Pages(pool[2].slot_of_block.to(device), pool[2].block_of_slot.to(device), pool[2].block_size)
-    there = Scored(scored.tokens.to(device), scored.blocks.to(device), to(scored.chosen))
+    there = Scored(*(x.to(device) for x in scored[:3]), to(scored.chosen))
     return case.q.to(device), pool[0].to(device), pool[1].to(device), pages, there, to(look), moved
 
 

@@ -1,0 +1,228 @@
+"""Two-level decoding in one launch: scores, both selections and attention, row by row.
+
+A row is one selection: a KV head and a query token. Its programs share the work of each phase and meet between phases;
+what is small, the choices, every one of them does for itself. The phases, which can also be launched one by one:
+
+0. the query in label space, and every block's best label score;
+1. the blocks to keep;
+2. the rank of every token of the kept blocks;
+3. the tokens to keep, and attention over them.
+
+The formulas: a label score approximates ``scale * q . k`` (flex_tls/labels.py); a block's rank is the mean over the
+group's heads of ``exp(best - top) / total``, the softmax over blocks; a token's is the same with its own score over the
+same ``top`` and ``total``. Source: AsyncTLS, arXiv 2604.07815.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .ask import ask, load_projection
+from .attend import attend_range, finish, load_query
+from .follow import follow
+from .keep_best import find_edge, load_words, write_list
+from .rows import leave, locate, meet, share
+from .score import prefetch_labels, rank_blocks, rank_tokens, score_blocks
+from .tiles import NATIVE, Tiles, padded
+
+# The last phase, and where a row's programs must have met before the next one
+LAST_PHASE = 3
+
+
+@triton.jit
+def two_level(
+    q, k, v, seq_lens, codes, to_query, low, step, pages,
+    asked, base, unit, scores, norms, block_words, blocks, block_counts, words, keys, ids, counts, partial, partial_lse,
+    arrivals, out, lse,
+    q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    page_stride_k, page_stride_v, arrivals_stride, score_stride, word_stride, n_heads, T, N, K, M, scale, sinks, recent,
+    filter_dims,
+    D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, READ: tl.constexpr, BITS: tl.constexpr,
+    CHANNELS: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PER: tl.constexpr, SCORE_STAGES: tl.constexpr, BLOCK_BN: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
+    KP: tl.constexpr, PER_TOKENS: tl.constexpr, TOKEN_BN: tl.constexpr, TOKEN_CHUNKS: tl.constexpr, MP: tl.constexpr,
+    TILE: tl.constexpr, ATTEND_STAGES: tl.constexpr, BY_BLOCK: tl.constexpr, PAGED: tl.constexpr,
+    BLOCK_REDUCE: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr, PROGRAMS: tl.constexpr,
+    PP: tl.constexpr, PREFETCH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Phases FIRST to LAST of program (i, row)."""
+    follow(NATIVE)
+    row, head, position = locate(seq_lens, n_heads, T)
+    codes += head * W * N * BLOCK_SIZE
+    scores += row * GROUP * score_stride
+    norms += row * GROUP * 2
+    block_words += row * BLOCK_CHUNKS * BLOCK_BN // 2
+    blocks += row * K
+    block_counts += row
+    words += row * word_stride
+    keys += row * word_stride * 2
+    arrivals += row
+    # Blocks that hold something for the query; its position is negative where a row is shorter than the chunk
+    n_blocks = (position + BLOCK_SIZE) // BLOCK_SIZE
+    POSITIVE: tl.constexpr = REDUCE == "softmax_mean"
+    if FIRST == 0:
+        first, end = share(n_blocks, PROGRAMS)
+        query, projection, lows, steps = load_projection(
+            q, to_query, low, step, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T, D, DP, C, GROUP, ROWS,
+            CHANNELS,
+        )  # fmt: skip
+        if PREFETCH:
+            # Behind the loads that are waited for next
+            prefetch_labels(codes, first, end, N, READ, BLOCK_SIZE, 256)
+        ask(query, projection, lows, steps, asked, base, unit, row, filter_dims, W, BITS, GROUP, ROWS, CHANNELS)
+        tl.debug_barrier()
+    asked += row * GROUP * (8 // BITS) * W
+    base += row * GROUP * 2
+    unit += row * GROUP
+    if FIRST == 0:
+        score_blocks(codes, asked, base, unit, scores, position, first, end, N, score_stride, scale, W, READ, BITS,
+                     GROUP, BLOCK_SIZE, PER, SCORE_STAGES, BLOCK_REDUCE, NATIVE)  # fmt: skip
+        if LAST > 0:
+            meet(arrivals, PROGRAMS)
+    first_block, end_block = share(K, PROGRAMS)
+    if (FIRST <= 1) & (LAST >= 1):
+        first_words = rank_blocks(scores, norms, block_words, n_blocks, position, sinks, recent, score_stride,
+                                  GROUP, BLOCK_BN, BLOCK_CHUNKS, BLOCK_SIZE, REDUCE)  # fmt: skip
+        n_listed = BLOCK_BN * BLOCK_CHUNKS
+        edge, ties = find_edge(first_words, block_words, n_listed, K, POSITIVE, BLOCK_BN, BLOCK_CHUNKS, NATIVE)
+        n_kept = write_list(first_words, block_words, n_listed, edge, ties, blocks, blocks, first_block, end_block, N,
+                            BLOCK_BN, BLOCK_CHUNKS, KP, BLOCK_SIZE, False, NATIVE)  # fmt: skip
+        tl.store(block_counts, n_kept)
+        tl.debug_barrier()
+    if (FIRST <= 2) & (LAST >= 2) & (not BY_BLOCK):
+        rank_tokens(codes, asked, base, unit, norms, blocks, keys, position, sinks, recent, first_block, end_block, N,
+                    scale, W, BITS, GROUP, BLOCK_SIZE, PER_TOKENS, REDUCE, NATIVE)  # fmt: skip
+        if LAST > 2:
+            meet(arrivals + arrivals_stride, PROGRAMS)
+    if LAST == 3:
+        query = load_query(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t, D, DP, GROUP, ROWS)
+        k += head // n_heads * k_stride_b + head % n_heads * k_stride_h
+        v += head // n_heads * v_stride_b + head % n_heads * v_stride_h
+        if BY_BLOCK:
+            entries = blocks
+            n_whole = tl.minimum(end_block, tl.load(block_counts))
+            first, end = first_block * BLOCK_SIZE, n_whole * BLOCK_SIZE
+        else:
+            entries = ids + row * M
+            n_tokens = K * BLOCK_SIZE
+            token_words = load_words(words, 0, n_tokens, TOKEN_BN)
+            edge, ties = find_edge(token_words, words, n_tokens, M, POSITIVE, TOKEN_BN, TOKEN_CHUNKS, NATIVE)
+            first, end = share(M, PROGRAMS)
+            n_chosen = write_list(token_words, words, n_tokens, edge, ties, blocks, entries, first, end, N * BLOCK_SIZE,
+                                  TOKEN_BN, TOKEN_CHUNKS, MP, BLOCK_SIZE, True, NATIVE)  # fmt: skip
+            tl.store(counts + row, n_chosen)
+            tl.debug_barrier()
+            end = tl.minimum(end, n_chosen)
+        acc, top, total = attend_range(
+            query, k, v, entries, pages + head * N, first, end, position, scale, k_stride_s, v_stride_s, page_stride_k,
+            page_stride_v, D, DP, ROWS, BLOCK_SIZE, "blocks" if BY_BLOCK else "tokens", PAGED, TILE, ATTEND_STAGES,
+            PRECISION,
+        )  # fmt: skip
+        last = finish(acc, top, total, partial, partial_lse, arrivals + 2 * arrivals_stride, out, lse, row, head, T,
+                      D, DP, GROUP, GP, ROWS, PROGRAMS, PP)  # fmt: skip
+        if (PROGRAMS > 1) & last:
+            # All programs have met, and left
+            tl.store(arrivals, 0)
+            tl.store(arrivals + arrivals_stride, 0)
+    elif FIRST < LAST:
+        leave(arrivals, arrivals_stride, PROGRAMS)
+
+
+class Work(NamedTuple):
+    """What the phases hand on, and what they leave: R rows, with room for whole chunks of scores and keys.
+
+    Attributes:
+        asked, base, unit: the query in label space; see :func:`flex_tls.kernels.ask.ask`.
+        scores: float32 [R, G, N'], label score of each block.
+        norms: float32 [R, G, 2], level 1's softmax: its largest score, and 1 / (sum * G).
+        block_words: int32 [R, N' / 2], keys of blocks, used if they take several chunks.
+        blocks, block_counts: int32 [R, K], ascending, N past the count; int32 [R].
+        words: int32 [R, (K * block_size)' / 2], keys of the kept blocks' tokens, two in a word.
+        ids, counts: int32 [R, M], slots, ascending, N * block_size past the count; int32 [R]. M is 0 without level 2.
+    """
+
+    asked: Tensor
+    base: Tensor
+    unit: Tensor
+    scores: Tensor
+    norms: Tensor
+    block_words: Tensor
+    blocks: Tensor
+    block_counts: Tensor
+    words: Tensor
+    ids: Tensor
+    counts: Tensor
+
+
+def launch_two_level(
+    q: Tensor, k: Tensor | None, v: Tensor | None, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor,
+    step: Tensor, arrivals: Tensor, *, bits: int, block_size: int, kept_blocks: int, token_budget: int | None,
+    sinks: int, recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str, tiles: Tiles,
+    given: Work | None = None, pages: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Work]:  # fmt: skip
+    """Output [B, HQ, T, D] in q's dtype, lse float32 [B, HQ, T], and what was chosen.
+
+    ``arrivals`` int32 [3, R] or wider: zeros before and after. ``token_budget`` None attends to all of the kept blocks.
+    Without k and v it stops when the blocks are chosen (phases 0 and 1; output and lse are left unwritten). With
+    ``given``, what that call left, it goes on from there (phases 2 and 3) inside the blocks that ``given`` names.
+    ``pages`` int32 [B * HKV, N]: block n of a KV head is page ``pages[n]`` of k and v [B, HKV, P, block_size, D].
+    """
+    b, hq, t, d = q.shape
+    _, hkv, w, s = codes.shape
+    rows, group, n, channels = b * hkv * t, hq // hkv, s // block_size, to_query.shape[-1]
+    kept = min(kept_blocks, n) if given is None else given.blocks.shape[1]
+    by_block = token_budget is None or token_budget >= kept * block_size
+    chosen = 0 if by_block else token_budget or 0
+    programs = tiles.programs
+    block_chunk, block_chunks = tiles.chunk(n)
+    token_chunk, token_chunks = tiles.chunk(kept * block_size)
+    i32, f32 = torch.int32, torch.float32
+    new = seq_lens.new_empty
+    if given is None:
+        given = Work(
+            asked=new(rows, group, 8 // bits, w, dtype=i32), base=new(rows, group, 2, dtype=f32),
+            unit=new(rows, group, dtype=f32), scores=new(rows, group, block_chunk * block_chunks, dtype=f32),
+            norms=new(rows, group, 2, dtype=f32), block_words=new(rows, block_chunk * block_chunks // 2, dtype=i32),
+            blocks=new(rows, kept, dtype=i32), block_counts=new(rows, dtype=i32), words=seq_lens, ids=seq_lens,
+            counts=seq_lens,
+        )  # fmt: skip
+        start = 0
+    else:
+        start = 2
+    work = given._replace(
+        words=new(rows, 0 if by_block else token_chunk * token_chunks // 2, dtype=i32),
+        ids=new(rows, chosen, dtype=i32), counts=new(rows, dtype=i32),
+    )  # fmt: skip
+    out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), new(b, hq, t, dtype=f32)
+    partial = new(rows, programs, group, d, dtype=f32) if programs > 1 else lse
+    partial_lse = new(rows, programs, group, dtype=f32) if programs > 1 else lse
+    stop = LAST_PHASE if k is not None else 1
+    keys, values = (q if x is None else x for x in (k, v))
+    page_stride_k, page_stride_v = (keys.stride(2), values.stride(2)) if pages is not None else (0, 0)
+    read = -(-filter_dims * bits // 32)
+    # Interpreted programs run one after the other: they cannot meet, so their phases are launched one by one
+    phases = [(start, stop)] if NATIVE or programs == 1 else [(i, i) for i in range(start, stop + 1)]
+    for first, last in phases:
+        two_level[(programs, rows)](
+            q, keys, values, seq_lens, codes, to_query, low, step, arrivals if pages is None else pages, *work[:9],
+            work.words.view(torch.int16), *work[9:], partial, partial_lse, arrivals, out, lse,
+            q.stride(0), q.stride(1), q.stride(2), keys.stride(0), keys.stride(1), keys.stride(-2),
+            values.stride(0), values.stride(1), values.stride(-2), page_stride_k, page_stride_v, arrivals.stride(0),
+            work.scores.shape[2], work.words.shape[1], hkv, t, n, kept, chosen, scale, sinks, recent, filter_dims,
+            D=d, DP=padded(d, 16), C=channels, W=w, READ=read, BITS=bits, CHANNELS=max(16, padded(w) * 32 // bits),
+            GROUP=group, GP=padded(group), ROWS=padded(group, 16), BLOCK_SIZE=block_size,
+            PER=tiles.blocks_of(tiles.score_words, read, block_size), SCORE_STAGES=tiles.score_stages,
+            BLOCK_BN=block_chunk, BLOCK_CHUNKS=block_chunks, KP=padded(-(-kept // programs)),
+            PER_TOKENS=tiles.blocks_of(tiles.rank_words, w, block_size), TOKEN_BN=token_chunk,
+            TOKEN_CHUNKS=token_chunks, MP=padded(max(1, -(-chosen // programs))), TILE=tiles.attend_tile,
+            ATTEND_STAGES=tiles.attend_stages, BY_BLOCK=by_block, PAGED=pages is not None, BLOCK_REDUCE=block_reduce,
+            REDUCE=group_reduce, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", PROGRAMS=programs,
+            PP=padded(programs), PREFETCH=NATIVE and programs > 1, FIRST=first, LAST=last, NATIVE=NATIVE,
+            num_warps=tiles.warps, launch_pdl=NATIVE, launch_cooperative_grid=NATIVE and programs > 1,
+        )  # fmt: skip
+    return out, lse, work

@@ -1,0 +1,27 @@
+"""Whether buffers fit before they are allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that tensors could still take on a CUDA device, what torch holds idle included; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def longest_that_fits(needed_bytes: Callable[[int], int], room_bytes: int, up_to: int) -> int:
+    """Largest length n <= ``up_to`` with ``needed_bytes(n) <= room_bytes``; ``needed_bytes`` never falls. 0 if none."""
+    fits, too_long = 0, up_to + 1
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if needed_bytes(middle) <= room_bytes:
+            fits = middle
+        else:
+            too_long = middle
+    return fits
