@@ -358,7 +358,8 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         if self.offload_config is not None:
             size_pools(self.offloaded_layers, self.offload_config, dtype)
         total = self._device_bytes(self.max_len, dtype)
-        needed = f"TLSCache: {total:,} bytes needed on {device} ({total - index:,} for keys and values, {index:,} for the index)"
+        kv = total - index
+        needed = f"TLSCache: {total:,} bytes needed on {device} ({kv:,} for keys and values, {index:,} for the index)"
         room = free_bytes(device)
         if room is not None and total > room:
             fits = longest_that_fits(lambda n: self._device_bytes(n, dtype), room, self.max_len)

@@ -40,7 +40,7 @@ class Scored(NamedTuple):
 
     Attributes:
         tokens: label scores for level 2, float32 [B, HKV, G, T, N * BLOCK].
-        labels: label scores of blocks, float32 [B, HKV, G, T, N], by which level 2 makes the heads of a group comparable.
+        labels: label scores of blocks, float32 [B, HKV, G, T, N], over which level 2 compares heads.
         blocks: what level 1 ranked, float32 [B, HKV, G * T, N].
         chosen: the blocks that it keeps.
     """
