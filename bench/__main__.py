@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from . import cases, model_commands, rows
 from .plots import table
 
 ROWS = rows.ROOT / "bench" / "results" / "operator.jsonl"
+OFFLOAD_PARTS = ("link", "overlap", "steps", "quality")
 QUICK_ROWS = rows.ROOT / "out" / "operator-quick.jsonl"
 
 
@@ -106,6 +107,51 @@ def run_operator(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def run_offload(args: argparse.Namespace) -> int:
+    """Measure the offload engine, part by part, and append rows."""
+    from . import offload
+
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: no CUDA device here; pass --device cpu --quick for a dry run")
+    machine = rows.machine(device, args.commit, args.dirty)
+    print(f"{machine.gpu}, driver {machine.driver}, torch {machine.torch}, triton {machine.triton}", flush=True)
+    parts = _matching(args.parts, dict.fromkeys(OFFLOAD_PARTS), "parts")
+    out = args.out or (QUICK_ROWS.with_name("offload-quick.jsonl") if args.quick else ROWS.with_name("offload.jsonl"))
+    with torch.no_grad():
+        if "link" in parts:
+            offload.write(offload.link(device, args.runs, args.quick), machine, out)
+        if "overlap" in parts:
+            offload.write(offload.overlap(device, args.runs, args.quick), machine, out)
+        if "steps" in parts:
+            for b in args.batch:
+                found = offload.steps(
+                    device, args.runs, args.quick, batch_size=b, context=args.context, pool=args.pool[0]
+                )
+                offload.write(found, machine, out)
+        if "quality" in parts:
+            offload.write(_offload_quality(args, device), machine, out)
+    return 0
+
+
+def _offload_quality(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, object]]:
+    """Rows of real weights and text: the standard library's source, and a passage of it that comes again."""
+    import flex_tls as tls
+    from flex_tls.cli.texts import library_source
+    from flex_tls.cli.weights import load_smollm2
+
+    from .offload_quality import PROVIDERS, measure
+
+    model, tokenizer = load_smollm2()
+    model = model.to(device)
+    n, scored = args.tokens, 32 if args.quick else 128
+    ids = tokenizer(library_source(), return_tensors="pt").input_ids.to(device)
+    texts = {"code": ids[:, 4000 : 4000 + n], "copy": torch.cat([ids[:, : n - scored], ids[:, 700 : 700 + scored]], 1)}
+    cfg = tls.TLSConfig(block_size=32, block_budget=n // 8, token_budget=n // 16, sink_tokens=32, recent_tokens=32)
+    for text, each in texts.items():
+        yield from measure(model, "smollm2-135m", text, each, scored, cfg, args.pool, list(PROVIDERS))
+
+
 def plot_operator(args: argparse.Namespace) -> int:
     """Draw the latest rows and print them as a table."""
     from .plots import draw_all
@@ -145,6 +191,19 @@ def _parser() -> argparse.ArgumentParser:
     operator.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
     operator.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
     operator.set_defaults(command=run_operator)
+    offload = run.add_parser("offload", help="the offload engine: link, overlap, steps with real locality, quality")
+    offload.add_argument("--parts", default="link,overlap,steps", help=",".join(OFFLOAD_PARTS))
+    offload.add_argument("--batch", type=_numbers, default=[1, 4], help="steps: batch sizes")
+    offload.add_argument("--context", type=int, default=98304, help="steps: tokens cached")
+    offload.add_argument("--tokens", type=int, default=6144, help="quality: tokens of each text")
+    offload.add_argument("--pool", type=_shares, default=[2.0], help="slots in block budgets; quality: several, 1.1,2")
+    offload.add_argument("--runs", type=int, default=20, help="samples per provider, at least 2")
+    offload.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    offload.add_argument("--quick", action="store_true", help="tiny shapes: every line runs, no figure means anything")
+    offload.add_argument("--out", type=Path, help="rows file, appended to (default bench/results/offload.jsonl)")
+    offload.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
+    offload.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
+    offload.set_defaults(command=run_offload)
     plot = commands.add_parser("plot", help="draw rows").add_subparsers(required=True)
     drawing = plot.add_parser("operator", help="times by provider, over S and over budgets")
     drawing.add_argument("--rows", type=Path, default=ROWS)
@@ -156,6 +215,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
+
+
+def _shares(text: str) -> list[float]:
+    return [float(part) for part in text.split(",") if part]
 
 
 def _matching(patterns: str, known: Mapping[str, object], what: str) -> list[str]:

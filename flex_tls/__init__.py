@@ -14,6 +14,7 @@ if not (Path(__file__).parent / "masks").is_dir() and (_root / "masks" / "__init
 from .attention import BackendUnavailable, two_level_attention  # noqa: E402
 from .config import TLSConfig  # noqa: E402
 from .index import KVIndex  # noqa: E402
+from .offload import OffloadConfig  # noqa: E402
 from .sampling import Sampling  # noqa: E402
 from .selection import BlockSelection, TokenSelection, select_blocks, select_tokens  # noqa: E402
 
@@ -29,6 +30,7 @@ __all__ = [
     "BackendUnavailable",
     "BlockSelection",
     "KVIndex",
+    "OffloadConfig",
     "Sampling",
     "TLSCache",
     "TLSConfig",

@@ -45,12 +45,12 @@ def check_seq_lens(seq_lens: Tensor | None, batch_size: int, longest: int, devic
     return seq_lens.to(device=device, dtype=torch.int64)
 
 
-def check_no_nan(name: str, x: Tensor, valid: Tensor) -> None:
-    """Raise if ``x`` [B, HKV, S, D] is not finite where ``valid`` [B, S]; names the first place."""
+def check_no_nan(name: str, x: Tensor, valid: Tensor, first: int = 0) -> None:
+    """Raise if ``x`` [B, HKV, S, D] is not finite where ``valid`` [B, S]; names the first place, from ``first`` on."""
     bad = ~torch.isfinite(x).all(-1).transpose(1, 2) & valid[:, :, None]
     if bool(bad.any()):
         row, token, head = (int(i) for i in bad.nonzero()[0])
         raise ValueError(
-            f"{name}: expected finite numbers, got NaN or infinity at row {row}, head {head}, token {token}; "
+            f"{name}: expected finite numbers, got NaN or infinity at row {row}, head {head}, token {first + token}; "
             "check the model's dtype (fp16 overflows) and the prompt's padding"
         )

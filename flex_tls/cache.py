@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from . import saved
 from .attention import Backend, check_backend, resolve_backend
 from .cache_layer import Shared, TLSLayer, new_index
 from .config import TLSConfig
 from .fused import why_not_here
 from .memory import free_bytes, longest_that_fits
 from .model_config import ModelShape, read_model_config
+from .offload import LayerStats, OffloadConfig
+from .offloaded_layer import OffloadedLayer, allocate_offloaded, choose_offloaded, size_pools
+from .paged import paged_backend
 from .progress import Progress
 from .record import Recorder
 
@@ -33,15 +38,17 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         dtype: of keys and values; that of the first keys by default.
         device: where the buffers live; that of the first keys by default.
         backend: of :func:`flex_tls.two_level_attention`.
+        offload: hold keys and values in host memory and some blocks on the device. Layers that attend to everything in
+            every step (the first ``dense_layers``) or to a sliding window stay on the device.
 
     Attributes:
         recorder: set a :class:`flex_tls.record.Recorder` to collect what sparse steps keep and read.
 
     Raises:
-        ValueError: a model that is not supported, a length or batch size below 1.
-        MemoryError: the buffers do not fit; says how many bytes they need, how many are free, and the longest length
-            that fits. Nothing has been allocated then. Buffers are allocated here if ``dtype`` and ``device`` are
-            given, else by the first forward.
+        ValueError: a model that is not supported, a length or batch size below 1, a pool too small for a step.
+        MemoryError: the buffers do not fit device or host; says how many bytes they need, how many are free, and the
+            longest length that fits. Nothing has been allocated then. Buffers are allocated here if ``dtype`` and
+            ``device`` are given, else by the first forward.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         backend: Backend = "auto",
+        offload: OffloadConfig | None = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("max_len", max_len)):
             if value < 1:
@@ -65,7 +73,13 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         self._device = None if device is None else torch.device(device)
         # Steps that flex_tls.decode compiled, each of which holds its model; they live as long as the buffers they read
         self.compiled_steps: dict[tuple[Any, ...], Any] = {}
-        super().__init__(layers=[TLSLayer(self._shared, i) for i in range(shape.n_layers)])
+        self.offload_config = offload
+        away = [] if offload is None else choose_offloaded(self._shared)
+        super().__init__(
+            layers=[(OffloadedLayer if i in away else TLSLayer)(self._shared, i) for i in range(shape.n_layers)]
+        )
+        if offload is not None:
+            size_pools(self.offloaded_layers, offload, dtype or shape.dtype)
         if dtype is not None and self._device is not None:
             self._allocate(dtype, self._device)
 
@@ -190,8 +204,81 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         return cast(list[TLSLayer], self.layers)
 
     @property
+    def offloaded_layers(self) -> list[OffloadedLayer]:
+        """Those whose keys and values are in host memory."""
+        return [layer for layer in self.tls_layers if isinstance(layer, OffloadedLayer)]
+
+    def prepare(self) -> None:
+        """Bring into the pools what decoding begins with; before compiled steps, eager ones do it by themselves."""
+        for layer in self.offloaded_layers:
+            layer.prepare()
+
+    def stats(self) -> dict[int, LayerStats]:
+        """What the offload engine of each offloaded layer did since the cache was made or reset. Synchronises."""
+        return {layer.layer_idx: layer.opened().stats() for layer in self.offloaded_layers if layer.is_initialized}
+
+    def save(self, path: str | Path) -> None:
+        """Write every token, the index and the configuration to the folder ``path``, for :meth:`load`.
+
+        Raises:
+            ValueError: ``path`` exists, or the cache has no buffers yet.
+            OSError: it could not be written; nothing is left at ``path`` then, and the cache is as before.
+        """
+        self._settle()
+        saved.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model_config: Any,
+        *,
+        max_len: int | None = None,
+        device: torch.device | str = "cpu",
+        backend: Backend = "auto",
+        offload: OffloadConfig | None = None,
+    ) -> TLSCache:
+        """The cache that :meth:`save` wrote, with or without offload, whichever way it was saved.
+
+        Args:
+            path: the folder.
+            model_config: of the same model.
+            max_len: room for more tokens, or fewer, than it was saved with.
+            device, backend, offload: as in :class:`TLSCache`.
+
+        Raises:
+            ValueError: another model, no such folder, a damaged file; says which.
+        """
+        found = saved.describe(path)
+        cache = cls(
+            model_config, saved.config_of(found), batch_size=found["batch_size"], max_len=max_len or found["max_len"],
+            dtype=getattr(torch, found["dtype"]), device=device, backend=backend, offload=offload,
+        )  # fmt: skip
+        if cache.max_len < found["columns"]:
+            raise ValueError(f"max_len: expected at least {found['columns']}, the saved columns, got {max_len}")
+        try:
+            with torch.no_grad():
+                saved.fill(cache, path, found)
+        except ValueError:
+            cache.close()
+            raise
+        return cache
+
+    def close(self) -> None:
+        """Give all buffers back, page-locked host memory too; the cache is as new."""
+        self.reset()
+        for layer in self.tls_layers:
+            layer.release()
+        self.compiled_steps.clear()
+
+    @property
+    def progress(self) -> Progress:
+        """Which token of which row comes next."""
+        return self._shared.progress
+
+    @property
     def shape(self) -> ModelShape:
-        """The model that the cache was made for."""
+        """The model's layers."""
         return self._shared.shape
 
     @property
@@ -226,8 +313,18 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
 
     @property
     def kv_nbytes(self) -> int:
-        """Bytes of all keys and values, allocated or to be."""
+        """Bytes of all keys and values, allocated or to be, wherever they are."""
         return self._bytes(self.max_len)[0]
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the keys and values in host memory, allocated or to be; 0 without offload."""
+        return self.kv_nbytes * len(self.offloaded_layers) // self.shape.n_layers
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes on the model's device, allocated or to be: keys and values that stay there, index, pools."""
+        return self._device_bytes(self.max_len, self.dtype)
 
     @property
     def index_nbytes(self) -> int:
@@ -248,15 +345,24 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         n_indexed = max(shape.n_layers - shared.cfg.dense_layers, 0)
         return kv, n_indexed * new_index(shared, dtype, torch.device("meta")).nbytes
 
+    def _device_bytes(self, max_len: int, dtype: torch.dtype) -> int:
+        """Bytes on the model's device of a cache like this one for ``max_len`` tokens, pools as they are."""
+        kv, index = self._bytes(max_len, dtype)
+        away = self.offloaded_layers
+        pools = sum(layer.new_pool(dtype, torch.device("meta")).nbytes for layer in away)
+        return kv - kv * len(away) // self.shape.n_layers + index + pools
+
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         resolve_backend(self._shared.backend, device, why_not_here(device))
-        kv, index = self._bytes(self.max_len, dtype)
-        needed = (
-            f"TLSCache: {kv + index:,} bytes needed on {device} ({kv:,} for keys and values, {index:,} for the index)"
-        )
+        index = self._bytes(self.max_len, dtype)[1]
+        if self.offload_config is not None:
+            size_pools(self.offloaded_layers, self.offload_config, dtype)
+        total = self._device_bytes(self.max_len, dtype)
+        kv = total - index
+        needed = f"TLSCache: {total:,} bytes needed on {device} ({kv:,} for keys and values, {index:,} for the index)"
         room = free_bytes(device)
-        if room is not None and kv + index > room:
-            fits = longest_that_fits(lambda n: sum(self._bytes(n, dtype)), room, self.max_len)
+        if room is not None and total > room:
+            fits = longest_that_fits(lambda n: self._device_bytes(n, dtype), room, self.max_len)
             way = f"max_len={fits} is the longest that fits" if fits else "no length fits"
             raise MemoryError(
                 f"{needed}, {room:,} are free; {way} with batch_size={self.batch_size}, got max_len={self.max_len}"
@@ -264,12 +370,17 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         try:
             # Also under a caller's inference mode, whose tensors could not be written to outside of it
             with torch.inference_mode(False):
+                if self.offload_config is not None:
+                    paged_backend(self._shared.backend, device)
+                    allocate_offloaded(self.offloaded_layers, self.offload_config, dtype, device)
                 for layer in self.tls_layers:
-                    layer.allocate(dtype, device)
-        except RuntimeError as error:
+                    if not layer.is_initialized:
+                        layer.allocate(dtype, device)
+        except (RuntimeError, MemoryError) as error:
             for layer in self.tls_layers:
-                layer.keys = layer.values = layer.index = None
-                layer.is_initialized = False
+                layer.release()
+            if isinstance(error, MemoryError):
+                raise
             if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise
             raise MemoryError(

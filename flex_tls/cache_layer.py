@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention import Backend, attend
+from .attention import Attended, Backend, attend
 from .config import TLSConfig
 from .dense import causal_attention, chunk_attention, dense_attention
-from .index import KVIndex
+from .index import KeyChunks, KVIndex
 from .model_config import ModelShape
 from .mods import MaskMod
 from .progress import Progress, Step
@@ -80,6 +80,11 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             self.index = new_index(shared, dtype, device)
         self.is_initialized = True
 
+    def release(self) -> None:
+        """Give every buffer back; the layer is as new."""
+        self.keys = self.values = self.index = None
+        self.is_initialized = False
+
     def begun(self) -> Step:
         """The step under way, not yet taken by this layer."""
         step = self.shared.progress.step
@@ -93,7 +98,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, HKV, T, D]. Returns the whole buffers; the keys know their layer."""
         step = self.begun()
-        keys, values = self.buffers()
+        keys, values = self.on_device()
         for name, new in (("key", key_states), ("value", value_states)):
             b, h, _, d = keys.shape
             if new.shape != (b, h, step.n_new, d):
@@ -110,12 +115,11 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             if step.left_pad is not None:
                 key_states = align_left(key_states, step.left_pad)
                 value_states = align_left(value_states, step.left_pad)
-            _write(keys, key_states, step)
-            _write(values, value_states, step)
             index = self.index
+            if step.n_new <= self.shared.cfg.sparse_query_tokens:
+                self.refit_if_outgrown()
+            self._write(key_states, value_states, step)
             if index is not None and index.fitted_tokens:
-                if step.n_new <= self.shared.cfg.sparse_query_tokens:
-                    self.refit_if_outgrown()
                 index.append(key_states, step.counts)
         self._step = step
         # A view, which lives as long as the attention call does: no reference cycle keeps the buffers alive
@@ -160,8 +164,12 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         return longest if self.window is None else min(longest, self.window)
 
     def buffers(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, [B, HKV, S, D]."""
+        """All keys and values, [B, HKV, S, D]."""
         return cast(Tensor, self.keys), cast(Tensor, self.values)
+
+    def on_device(self) -> tuple[Tensor, Tensor]:
+        """What the model's device holds of them, [B, HKV, ..., D]."""
+        return self.buffers()
 
     def cut(self, lens: list[int]) -> None:
         """Keep the first ``lens[b]`` tokens of each row."""
@@ -210,7 +218,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         """Choose a new projection if the prompt's later chunks, or decoding since a short prompt, are worth it."""
         index = self.index
         if index is not None and index.fitted_tokens and index.max_len >= self.refit_at_tokens:
-            index.refit(self.buffers()[0][:, :, : index.max_len])
+            index.refit(self._chunks(index.max_len))
 
     @property
     def refit_at_tokens(self) -> float:
@@ -222,17 +230,35 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             return REFIT_AFTER_CHUNKS * index.fitted_tokens
         return REFIT_GROWTH * index.fitted_tokens if index.fitted_tokens < FIT_ENOUGH_TOKENS else math.inf
 
+    def _write(self, k: Tensor, v: Tensor, step: Step) -> None:
+        """Put the step's keys and values [B, HKV, T, D], left aligned, behind each row's tokens."""
+        keys, values = self.buffers()
+        _write(keys, k, step)
+        _write(values, v, step)
+
+    def _chunks(self, n_tokens: int) -> KeyChunks:
+        """The first ``n_tokens`` keys of every row, for the index."""
+        return KeyChunks.of(self.buffers()[0][:, :, :n_tokens])
+
     def _build_index(self, index: KVIndex, q: Tensor, step: Step) -> None:
-        keys = self.buffers()[0][:, :, : step.longest]
         if step.is_fresh and step.left_pad is not None:
             q = align_left(q, step.left_pad)
         # A later chunk's queries with padding among them would spoil the fit: keys alone do then
         fitting = q[:, :, : step.longest] if step.is_fresh else None if step.counts is not None else q
+        keys = self._chunks(step.longest)
         index.fit(keys, step.seq_lens, fitting)
-        index.append(keys, None if len(set(step.lens_after)) == 1 else step.seq_lens)
+        same, first = len(set(step.lens_after)) == 1, 0
+        for chunk in keys.read():
+            index.append(chunk, None if same else (step.seq_lens - first).clamp(0, chunk.shape[2]))
+            first += chunk.shape[2]
+
+    def _prompt(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, HKV, T, D] of a fresh cache's first tokens, left aligned."""
+        keys, values = (x[:, :, : step.n_new] for x in self.buffers())
+        return keys, values
 
     def _attend_prompt(self, q: Tensor, step: Step, scale: float) -> Tensor:
-        keys, values = (x[:, :, : step.n_new] for x in self.buffers())
+        keys, values = self._prompt(step)
         if step.left_pad is None:
             return causal_attention(q, keys, values, scale=scale, window=self.window)
         out = causal_attention(align_left(q, step.left_pad), keys, values, scale=scale, window=self.window)
@@ -240,7 +266,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
 
     def _attend_past(self, q: Tensor, step: Step, scale: float) -> Tensor:
         shared, cfg, index = self.shared, self.shared.cfg, self.index
-        keys, values = self.buffers()
+        keys = self.buffers()[0]
         decoding = step.n_new <= cfg.sparse_query_tokens
         recorder = shared.recorder if decoding else None
         reach = self.reach(step.longest)
@@ -250,24 +276,34 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         if index is None or not index.fitted_tokens or self.why_dense(step.n_new, step.longest) is not None:
             if recorder is not None:
                 recorder.add_dense(n_read, 2 * keys.shape[1] * keys.shape[3] * keys.element_size())
-            if not decoding and self.window is None:
-                return chunk_attention(q, keys, values, step.lens_after, scale=scale)
-            keys, values = keys[:, :, : step.longest], values[:, :, : step.longest]
-            same = len(set(step.lens_after)) == 1
-            return dense_attention(q, keys, values, step.seq_lens, scale=scale, window=self.window, same_length=same)
+            return self._attend_all(q, step, scale)
         mask_mod = None if self.window is None else window_mask(self.window)
-        result = attend(
-            q, keys, values, index, cfg,
-            mask_mod=mask_mod, scale=scale, backend=shared.backend, selected=recorder is not None,
-        )  # fmt: skip
+        result = self._attend_two_levels(q, step, index, mask_mod, scale, recorder is not None)
         if recorder is not None:
             assert result.blocks is not None
             assert result.tokens is not None
             recorder.add_sparse(
-                self.layer_idx, q, keys, index, result.blocks, result.tokens,
+                self.layer_idx, q, keys.to(q.device), index, result.blocks, result.tokens,
                 n_tokens=n_read, scale=scale, mask_mod=mask_mod,
             )  # fmt: skip
         return result.out
+
+    def _attend_all(self, q: Tensor, step: Step, scale: float) -> Tensor:
+        """Attention to every token."""
+        if step.n_new > self.shared.cfg.sparse_query_tokens and self.window is None:
+            return chunk_attention(q, *self.buffers(), step.lens_after, scale=scale)
+        keys, values = (x[:, :, : step.longest] for x in self.buffers())
+        same = len(set(step.lens_after)) == 1
+        return dense_attention(q, keys, values, step.seq_lens, scale=scale, window=self.window, same_length=same)
+
+    def _attend_two_levels(
+        self, q: Tensor, step: Step, index: KVIndex, mask_mod: MaskMod | None, scale: float, selected: bool
+    ) -> Attended:
+        """Attention to what two levels keep; the selections too if ``selected``."""
+        return attend(
+            q, *self.buffers(), index, self.shared.cfg,
+            mask_mod=mask_mod, scale=scale, backend=self.shared.backend, selected=selected,
+        )  # fmt: skip
 
 
 @cache

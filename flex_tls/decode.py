@@ -66,7 +66,8 @@ def generate(
         pad_token_id: fills rows that ended; the model's, or its first stop token, by default.
         seed: of the sampling; torch's own generator by default.
         streamer: with ``put(int64 [B])`` per step and ``end()``, as transformers' streamers; a few steps behind.
-        compiled: one compiled step, on CUDA one graph; by default on CUDA. False runs the model's own forward.
+        compiled: one compiled step, on CUDA one graph; by default on CUDA without offload. False runs the model's own
+            forward.
         prompt_lookup_tokens: speculate: draft up to this many tokens from earlier in the text and check them in one
             forward, for one row. The output is the same. Not compiled.
         inductor_options: ``options`` of ``torch.compile`` for the step, as ``{"coordinate_descent_tuning": True}``; a
@@ -92,7 +93,8 @@ def generate(
             f"max_len={cache.max_len}; make it longer or ask for fewer tokens"
         )
     drafted = prompt_lookup_tokens
-    compiled = input_ids.is_cuda and not drafted if compiled is None else compiled
+    by_default = input_ids.is_cuda and not drafted and cache.offload_config is None
+    compiled = by_default if compiled is None else compiled
     if compiled and (why := "prompt lookup is not compiled" if drafted else why_not_compiled(cache, input_ids.device)):
         raise ValueError(f"compiled: {why}; pass compiled=False")
     _check_drafts(drafted, cache)
@@ -301,6 +303,8 @@ def why_not_compiled(cache: TLSCache, device: torch.device) -> str | None:
     """What keeps a cache from the compiled step on ``device``; None if nothing does."""
     if cache.cfg.index != "lowrank":
         return f"the compiled step scores token labels, index='lowrank', got index={cache.cfg.index!r}"
+    if cache.offload_config is not None:
+        return "the compiled step does not read a pool of block slots yet, which the cache's offload needs"
     if any(layer.window is not None for layer in cache.tls_layers):
         return "the compiled step has no sliding windows, which this model's layers have"
     return why_not_here(device)

@@ -100,19 +100,19 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, lens: Sequence[int], *, sca
             out[:, :, t - n :] = chunk_attention(q[:, :, t - n :], k, v, lens, scale=scale)
         return out
     past, (k, v) = n - t, (x[:, :, :n] for x in (k, v))
-    own = _with_lse(q, k[:, :, past:], v[:, :, past:], scale, causal=True)
+    own = with_lse(q, k[:, :, past:], v[:, :, past:], scale, causal=True)
     if own is None:
         return dense_attention(q, k, v, torch.full((q.shape[0],), n, device=q.device), scale=scale)
     if past == 0:
         return own[0]
-    before = _with_lse(q, k[:, :, :past], v[:, :, :past], scale, causal=False)
+    before = with_lse(q, k[:, :, :past], v[:, :, :past], scale, causal=False)
     assert before is not None
     # The past's share of each query's softmax
     share = torch.sigmoid(before[1] - own[1])[..., None]
     return torch.lerp(own[0].float(), before[0].float(), share).to(q.dtype)
 
 
-def _with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor] | None:
+def with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor] | None:
     """Output and log-sum-exp float32 [B, HQ, T] by the fused kernel that torch prefers; None if it gives no such."""
     gqa = q.shape[1] != k.shape[1]
     best = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=gqa)

@@ -15,6 +15,8 @@ from .config import TLSConfig
 from .decode import why_not_compiled
 from .fused import why_not_fused
 from .model_config import ModelShape, read_model_config
+from .offloaded_layer import OffloadedLayer
+from .paged import WHY_NOT_PAGED
 
 # Files of flex_tls.kernels
 APPEND, FUSED, ATTEND_ALL = "append", "two_level", "attend"
@@ -161,6 +163,8 @@ def _plan(layer: TLSLayer, cache: TLSCache, context: int, device: torch.device, 
         why = f"{reach:,} tokens in sight, the budgets hold {cfg.dense_up_to_tokens:,}"
         q = torch.empty(1, 1, 1, cache.shape.head_dim, dtype=cache.dtype, device=device)
         obstacle = why_not_fused(q, q, q, cfg, has_mods=layer.window is not None, scale=1.0)
+        if isinstance(layer, OffloadedLayer):
+            obstacle = WHY_NOT_PAGED
         try:
             runs = resolve_backend(cache.backend, device, obstacle)
         except BackendUnavailable as error:

@@ -24,7 +24,7 @@ Result = tuple[Tensor, Tensor | None, BlockSelection, TokenSelection]
 # Distinct pairs of user mods that one process may compile. More means that a mod is made anew in every step.
 MAX_MODS = 64
 
-_compiled: dict[tuple[object, ...], Callable[..., Result]] = {}
+_compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
 
 
 def attend_flex(
@@ -45,16 +45,29 @@ def attend_flex(
     """
     if torch.compiler.is_compiling():
         return _attend(q, k, v, index, cfg, score_mod, mask_mod, scale, return_lse, callers_graph=True)
-    # Everything that the graph depends on but what a user's mods capture
-    layout = (q.device, q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride())
-    state = (q.is_inference(), k.is_inference(), torch.is_autocast_enabled(q.device.type))
-    key = (layout, state, cfg, index.cfg, scale, return_lse, score_mod, mask_mod)
+    run = compiled(_attend, (q, k, v), (cfg, index.cfg, scale, return_lse), score_mod, mask_mod)
+    with torch.no_grad():
+        result: Result = run(q, k, v, index, cfg, score_mod, mask_mod, scale, return_lse)
+    return result
+
+
+def compiled(
+    function: Callable[..., Any], tensors: Sequence[Tensor], settings: tuple[object, ...], score_mod: ScoreMod | None,
+    mask_mod: MaskMod | None,
+) -> Callable[..., Any]:  # fmt: skip
+    """``function`` compiled for these tensors' layouts, settings and mods, which are all that it may depend on.
+
+    What a user's mods capture is looked at anew in every call.
+    """
+    layouts = tuple((x.dtype, x.shape, x.stride(), x.is_inference()) for x in tensors)
+    device = tensors[0].device
+    state = (device, layouts, torch.is_autocast_enabled(device.type))
+    key = (function, state, settings, score_mod, mask_mod)
     run = _compiled.get(key)
     if run is None:
         _check_mods(score_mod, mask_mod)
-        run = _compiled[key] = _compile(guarded=score_mod is not None or mask_mod is not None)
-    with torch.no_grad():
-        return run(q, k, v, index, cfg, score_mod, mask_mod, scale, return_lse)
+        run = _compiled[key] = _compile(function, guarded=score_mod is not None or mask_mod is not None)
+    return run
 
 
 def kernel_options(device: torch.device, n_rows: int, n_heads: int) -> dict[str, Any]:
@@ -128,14 +141,14 @@ def _attend(
     return unfold_groups(result, blocks.group), lse if return_lse else None, blocks, tokens
 
 
-def _compile(guarded: bool) -> Callable[..., Result]:
-    """A compiled copy of :func:`_attend`, one for each key: compiled once, for good.
+def _compile(function: Callable[..., Any], guarded: bool) -> Callable[..., Any]:
+    """A compiled copy of ``function``, one for each key: compiled once, for good.
 
     Unless ``guarded`` Dynamo looks at nothing before it runs the graph: the key says it all, and guards took 0.17 ms of
     a layer's 1.1 on a CPU.
     """
     return torch.compile(
-        with_own_code(_attend), fullgraph=True, dynamic=False,
+        with_own_code(function), fullgraph=True, dynamic=False,
         options={} if guarded else {"guard_filter_fn": _no_guards},
     )  # fmt: skip
 

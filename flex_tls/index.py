@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,20 @@ from ._check import check_no_nan, check_seq_lens, check_tensor
 from .config import TLSConfig
 from .labels import TokenLabels
 from .summaries import BlockSummary, MeanSummary, MinMaxSummary
+
+
+@dataclass(frozen=True)
+class KeyChunks:
+    """Keys that are not all on the device at once: ``read()`` yields them in order, [B, HKV, S', D], S in all."""
+
+    n_tokens: int
+    read: Callable[[], Iterable[Tensor]]
+
+    @classmethod
+    def of(cls, k: Tensor | KeyChunks) -> KeyChunks:
+        """Keys as chunks; a tensor is one."""
+        return k if isinstance(k, KeyChunks) else cls(k.shape[2], lambda: (k,))
+
 
 # Query tokens of one call that the fused kernels take
 MAX_QUERY_TOKENS = 16
@@ -143,7 +160,7 @@ class KVIndex:
         kv = 2 * self.batch_size * self.n_kv_heads * self.capacity_tokens * self.head_dim * self.dtype.itemsize
         return self.nbytes / kv
 
-    def fit(self, k: Tensor, seq_lens: Tensor | None = None, q: Tensor | None = None) -> None:
+    def fit(self, k: Tensor | KeyChunks, seq_lens: Tensor | None = None, q: Tensor | None = None) -> None:
         """Choose the labels' projection and quantiser from k [B, HKV, S, D] and, if given, q [B, HQ, T, D] alone.
 
         Without ``q`` the queries of earlier calls and of :meth:`observe` count. As many queries as keys (T = S) are
@@ -151,17 +168,22 @@ class KVIndex:
         and their outlying keys would stretch the quantiser's range. Synchronises; call at prefill, never in a captured
         step.
         """
-        self._check_keys("k", k)
-        lens = check_seq_lens(seq_lens, self.batch_size, k.shape[2], k.device)
-        slot = torch.arange(k.shape[2], device=k.device)
-        valid = slot < lens[:, None]
-        check_no_nan("k", k, valid)
+        keys = KeyChunks.of(k)
+        lens = check_seq_lens(seq_lens, self.batch_size, keys.n_tokens, self.seq_lens.device)
+        for first, chunk in self._chunks(keys):
+            check_no_nan("k", chunk, self._slots(first, chunk) < lens[:, None], first)
         if q is not None:
             self._check_queries(q)
             self.labels.forget_queries()
-            self.observe(q, lens if q.shape[2] == k.shape[2] else None)
-        weight = valid & ((slot >= self.cfg.sink_tokens) | (lens[:, None] <= 4 * self.cfg.sink_tokens))
-        self.labels.fit(k, weight)
+            self.observe(q, lens if q.shape[2] == keys.n_tokens else None)
+
+        def weighted() -> Iterator[tuple[Tensor, Tensor]]:
+            for first, chunk in self._chunks(keys):
+                slot = self._slots(first, chunk)
+                counts = (slot >= self.cfg.sink_tokens) | (lens[:, None] <= 4 * self.cfg.sink_tokens)
+                yield chunk, (slot < lens[:, None]) & counts
+
+        self.labels.fit(weighted)
         self.fitted_tokens = int(lens.max())
         self.observed_tokens = 0
 
@@ -177,13 +199,14 @@ class KVIndex:
         self.labels.observe(q, column < (t if counts is None else counts.to(q.device)[:, None]))
         self.observed_tokens += t
 
-    def refit(self, k: Tensor) -> None:
+    def refit(self, k: Tensor | KeyChunks) -> None:
         """Choose the projection anew from the cached keys k [B, HKV, S, D] and label every token again.
 
         For contexts that outgrew what the projection was fitted on. Synchronises.
         """
         self.fit(k, self.seq_lens)
-        self.labels.codes[..., : k.shape[2]] = self.labels.encode(k)
+        for first, chunk in self._chunks(KeyChunks.of(k)):
+            self.labels.codes[..., first : first + chunk.shape[2]] = self.labels.encode(chunk)
 
     def append(self, k_new: Tensor, counts: Tensor | None = None) -> None:
         """Take new keys k_new [B, HKV, T, D], in place. ``counts`` int64 [B]: valid keys of each row (default T).
@@ -227,7 +250,8 @@ class KVIndex:
 
         Args:
             seq_lens: lengths to keep, at least 0.
-            k: cached keys [B, HKV, S', D]. Kinds with block summaries need them to summarise the cut block again.
+            k: cached keys [B, HKV, S', D], on any device. Kinds with block summaries need them to summarise the cut
+                block again.
         """
         keep = torch.as_tensor(seq_lens, device=self.seq_lens.device, dtype=torch.int64).expand(self.batch_size)
         if int(keep.min()) < 0:
@@ -238,14 +262,14 @@ class KVIndex:
                 raise ValueError(
                     f"k: expected the cached keys, got None; index={self.cfg.index!r} summarises the cut block again"
                 )
-            self._check_keys("k", k)
             size = self.cfg.block_size
             cut = keep // size
             self.summary.forget_from(cut)
-            slot = cut[:, None] * size + torch.arange(size, device=k.device)
+            slot = cut[:, None] * size + torch.arange(size, device=keep.device)
             inside = slot < keep[:, None]
-            slot = slot.clamp_max(k.shape[2] - 1)
-            tail = k.gather(2, slot[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
+            slot = slot.clamp_max(k.shape[2] - 1)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+            tail = k.gather(2, slot.to(k.device)).to(keep.device)
+            self._check_keys("k", tail)
             self.summary.add(tail, torch.where(inside, cut[:, None], self.n_blocks))
         self.seq_lens.copy_(keep)
         self.max_len = int(keep.max())
@@ -277,6 +301,17 @@ class KVIndex:
     def _tensors(self) -> list[Tensor]:
         extra = [] if self.summary is None else list(self.summary.tensors.values())
         return [*self.labels.tensors.values(), self.seq_lens, *extra]
+
+    def _chunks(self, keys: KeyChunks) -> Iterator[tuple[int, Tensor]]:
+        """(first slot, keys) of each chunk, checked."""
+        first = 0
+        for chunk in keys.read():
+            self._check_keys("k", chunk)
+            yield first, chunk
+            first += chunk.shape[2]
+
+    def _slots(self, first: int, chunk: Tensor) -> Tensor:
+        return torch.arange(first, first + chunk.shape[2], device=chunk.device)
 
     def _check_keys(self, name: str, k: Tensor) -> None:
         check_tensor(name, k, (self.batch_size, self.n_kv_heads, None, self.head_dim), "B, HKV, S, D")

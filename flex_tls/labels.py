@@ -8,6 +8,7 @@ Centring shifts all scores of one query by the same amount, which no ranking and
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -79,25 +80,41 @@ class TokenLabels:
         self.query_sum += rows.transpose(-1, -2) @ rows
         self.query_count += weight.sum(1) * (hq // n_kv_heads)
 
-    def fit(self, k: Tensor, weight: Tensor) -> None:
-        """Choose projection and quantiser from keys k [B, HKV, S, D] where weight bool [B, S], and the queries seen."""
+    def fit(self, chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> None:
+        """Choose projection and quantiser from keys and from the queries seen.
+
+        ``chunks`` yields the keys twice over, in pieces k [B, HKV, S', D] with their weight bool [B, S'].
+        """
         if self.bits is None:
             return
-        k32 = k.float()
-        w = weight[:, None, :, None].to(torch.float32)
-        count = w.sum(2).clamp_min(1.0)
-        center = (k32 * w).sum(2) / count
-        centred = (k32 - center[:, :, None]) * w
-        ck = centred.transpose(-1, -2) @ centred / count[..., None]
+        count = center = total = torch.empty(0)
+        for k, weight in chunks():
+            w = weight[:, None, :, None].to(torch.float32)
+            k32, n = k.float(), w.sum(2)
+            mean = (k32 * w).sum(2) / n.clamp_min(1.0)
+            centred = (k32 - mean[:, :, None]) * w
+            moment = centred.transpose(-1, -2) @ centred
+            if not count.numel():
+                count, center, total = n, mean, moment
+                continue
+            # Chan, Golub, LeVeque 1979: moments about each piece's own mean, joined without cancellation
+            both, shift = (count + n).clamp_min(1.0), mean - center
+            total = total + moment + shift[..., None] * shift[:, :, None] * (count * n / both)[..., None]
+            center, count = center + shift * (n / both), count + n
+        assert count.numel()
+        count = count.clamp_min(1.0)
+        ck = total / count[..., None]
         root, inverse = _roots(_moment(self.query_sum, self.query_count))
         _, vectors = torch.linalg.eigh(root @ ck @ root)
         lead = vectors.flip(-1)[..., : self.low.shape[-1]]
         to_label = root @ lead
         self.to_query.copy_(inverse @ lead)
-        labels = (k32 - center[:, :, None]) @ to_label
-        out_of_reach = ~weight[:, None, :, None]
-        low = labels.masked_fill(out_of_reach, torch.inf).amin(2)
-        high = labels.masked_fill(out_of_reach, -torch.inf).amax(2)
+        low, high = torch.full_like(self.low, torch.inf), torch.full_like(self.low, -torch.inf)
+        for k, weight in chunks():
+            labels = (k.float() - center[:, :, None]) @ to_label
+            out_of_reach = ~weight[:, None, :, None]
+            low = low.minimum(labels.masked_fill(out_of_reach, torch.inf).amin(2))
+            high = high.maximum(labels.masked_fill(out_of_reach, -torch.inf).amax(2))
         levels = 2**self.bits - 1
         self.low.copy_(low)
         bias = (center[:, :, None] @ to_label)[:, :, 0] + low

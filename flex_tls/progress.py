@@ -174,6 +174,14 @@ class Progress:
         else:
             self.lens = [self.lens[i] for i in rows.tolist()]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What :meth:`restore` needs beside the counts."""
+        return {} if self._columns is None else {"columns": self._columns}
+
+    def restore(self, length: int, lens: list[int], tensors: dict[str, Tensor]) -> None:
+        """Go on from ``length`` columns with ``lens`` tokens in the rows, of which ``tensors`` says what is padding."""
+        self.lens, self.length, self._columns = list(lens), length, tensors.get("columns")
+
     def reset(self) -> None:
         """Forget everything but the batch size."""
         self.lens, self.length = [0] * self.batch_size, 0

@@ -147,12 +147,24 @@ def select(
     scale: float | None,
 ) -> tuple[BlockSelection, TokenSelection]:
     """Both levels; the label scores are computed once unless level 1 reads fewer channels. Unchecked: for backends."""
-    scores = token_scores(q, index, score_mod, mask_mod, scale)
-    few = scores
-    if cfg.filter_dims is not None and _by_labels(cfg):
-        few = token_scores(q, index, score_mod, mask_mod, scale, cfg.filter_dims)
+    scores, few = level_scores(q, index, cfg, score_mod, mask_mod, scale)
     blocks = blocks_from_scores(q, index, cfg, few, mask_mod, scale)
     return blocks, tokens_from_scores(index, cfg, blocks, scores, label_block_scores(few, cfg))
+
+
+def level_scores(
+    q: Tensor,
+    index: KVIndex,
+    cfg: TLSConfig,
+    score_mod: ScoreMod | None,
+    mask_mod: MaskMod | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Label scores for level 2 and for level 1, which may read fewer channels; see :func:`token_scores`."""
+    scores = token_scores(q, index, score_mod, mask_mod, scale)
+    if cfg.filter_dims is None or not _by_labels(cfg):
+        return scores, scores
+    return scores, token_scores(q, index, score_mod, mask_mod, scale, cfg.filter_dims)
 
 
 def token_scores(
@@ -178,26 +190,43 @@ def blocks_from_scores(
     q: Tensor, index: KVIndex, cfg: TLSConfig, tokens: Tensor | None, mask_mod: MaskMod | None, scale: float | None
 ) -> BlockSelection:
     """Level 1 from label scores ``tokens`` (kinds scored by labels) or from the index's block summaries."""
+    return keep_blocks(block_scores(q, index, cfg, tokens, mask_mod, scale), index, cfg)
+
+
+def block_scores(
+    q: Tensor, index: KVIndex, cfg: TLSConfig, tokens: Tensor | None, mask_mod: MaskMod | None, scale: float | None
+) -> Tensor:
+    """What level 1 ranks blocks by: float32 [B, HKV, G, T, N], -inf where a query must not look or need not ask.
+
+    Arguments as in :func:`blocks_from_scores`.
+    """
     b, hq, t, d = q.shape
     hkv, n, size = index.n_kv_heads, index.n_blocks, cfg.block_size
     group = hq // hkv
     if index.summary is None:
         assert tokens is not None
-        scores = label_block_scores(tokens, cfg)
-    else:
-        scores = index.summary.scores(q.reshape(b, hkv, group * t, d)) * _scale(scale, d)
-        scores = scores.view(b, hkv, group, t, n)
+        return label_block_scores(tokens, cfg)
+    scores = index.summary.scores(q.reshape(b, hkv, group * t, d)) * _scale(scale, d)
+    scores = scores.view(b, hkv, group, t, n)
     position = query_positions(index.seq_lens, t)[:, None, :, None]
-    block = torch.arange(n, device=q.device)
     own = torch.div(position, size, rounding_mode="floor")
-    allowed = block <= own
-    if index.summary is not None:
-        # The newest block's summary may hold tokens later than the query: it is kept anyway, so leave it unscored
-        scores = scores.masked_fill(~(block < own)[:, :, None], -torch.inf)
-        if mask_mod is not None:
-            slots = torch.zeros(b, hkv, group, t, n * size, device=q.device)
-            seen = apply_mods(slots, position[:, 0, :, 0], index.capacity_tokens, None, mask_mod)
-            scores = scores.masked_fill(_per_block(seen, n, size).isneginf().all(-1), -torch.inf)
+    # The newest block's summary may hold tokens later than the query: it is kept anyway, so leave it unscored
+    before = torch.arange(n, device=q.device) < own
+    scores = scores.masked_fill(~before[:, :, None], -torch.inf)
+    if mask_mod is not None:
+        slots = torch.zeros(b, hkv, group, t, n * size, device=q.device)
+        seen = apply_mods(slots, position[:, 0, :, 0], index.capacity_tokens, None, mask_mod)
+        scores = scores.masked_fill(_per_block(seen, n, size).isneginf().all(-1), -torch.inf)
+    return scores
+
+
+def keep_blocks(scores: Tensor, index: KVIndex, cfg: TLSConfig) -> BlockSelection:
+    """The best blocks by :func:`block_scores`, sinks and window first."""
+    group, t, n = scores.shape[2:]
+    size = cfg.block_size
+    position = query_positions(index.seq_lens, t)[:, None, :, None]
+    block = torch.arange(n, device=scores.device)
+    allowed = block <= torch.div(position, size, rounding_mode="floor")
     rank = reduce_group(scores, cfg)
     forced = block * size < cfg.sink_tokens
     forced = forced | ((block + 1) * size > position - cfg.recent_tokens + 1)

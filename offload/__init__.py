@@ -1,5 +1,27 @@
-"""The place of the KV offload engine: host store, device pool of block slots, residency and transfers.
+"""The KV offload engine: every key and value in host memory, a pool of block slots on the device, and what moves them.
 
-The engine is not part of this version. Nothing is exported: caches keep every key and value on the model's device.
-What lands here knows blocks and slots, never models.
+Knows rows, KV heads, blocks and slots, never models.
 """
+
+from .config import OffloadConfig
+from .engine import LayerOffload, LayerStats, make_transfers
+from .memory import check_host_bytes, host_bytes_available
+from .pool import DevicePool
+from .residency import open_blocks
+from .store import HostStore
+from .stream import RowReader
+from .transfers import Transfers
+
+__all__ = [
+    "DevicePool",
+    "HostStore",
+    "LayerOffload",
+    "LayerStats",
+    "OffloadConfig",
+    "RowReader",
+    "Transfers",
+    "check_host_bytes",
+    "host_bytes_available",
+    "make_transfers",
+    "open_blocks",
+]

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +20,13 @@ from ..cache import TLSCache
 from ..config import TLSConfig
 from ..explanation import explain
 from ..fused import why_not_here
+from ..offload import OffloadConfig
 from .compare import compare
 from .evaluate import eval_app
-from .options import config, load_model, load_shape, pick_device
+from .options import config, load_model, load_shape, offload_config, pick_device
+from .plan import make_plan, print_plan
 from .plot import plot_record
-from .report import hardware, print_comparison, reported
+from .report import hardware, print_comparison, print_offload, reported
 from .texts import library_source, question_about
 from .weights import load_smollm2
 
@@ -78,6 +81,13 @@ def generate(
     compare_dense: Annotated[
         bool, typer.Option("--compare/--no-compare", help="Decode with full attention too.")
     ] = True,
+    offload: Annotated[
+        str, typer.Option(help="Keys and values in host memory: async, exact or corrected; none keeps them here.")
+    ] = "none",
+    gpu_blocks: Annotated[
+        int | None, typer.Option(min=1, help="With --offload: blocks on the device per KV head; twice the budget.")
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="With --offload: what each layer's engine did.")] = False,
     json_file: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
@@ -89,7 +99,36 @@ def generate(
     if ids.shape[1] < 1:
         raise typer.BadParameter(f"expected text, {prompt_file} holds none", param_hint="--prompt-file")
     cfg = config(ids.shape[1], block_budget, token_budget, block_size)
-    _run(model, tokenizer, ids, cfg, new_tokens, console, json_file, plot, compare_dense)
+    away = offload_config(offload, gpu_blocks)
+    _run(model, tokenizer, ids, cfg, new_tokens, console, json_file, plot, compare_dense, away, stats)
+
+
+@app.command()
+def plan(
+    model_name: Annotated[str, typer.Option("--model", help="Folder or hub id of a causal model; its weights stay.")],
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a row, answer included.")],
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    gpu_mem: Annotated[float | None, typer.Option(help="GB of device memory; the device's by default.")] = None,
+    host_mem: Annotated[float | None, typer.Option(help="GB of host memory; what is available by default.")] = None,
+    block_budget: BlockBudget = "8192",
+    token_budget: TokenBudget = "1024",
+    block_size: BlockSize = 64,
+    offload: Annotated[str, typer.Option(help="Policy: async, exact or corrected.")] = "async",
+    gpu_blocks: Annotated[int | None, typer.Option(min=1, help="Blocks on the device per KV head.")] = None,
+    missing: Annotated[float, typer.Option(min=0, max=1, help="Share of a step's blocks that it has to fetch.")] = 0.05,
+    json_file: JsonFile = None,
+) -> None:
+    """What a context would take with and without offload, what fits, and on CUDA the least time of a step."""
+    console = Console()
+    cfg = config(context, block_budget, token_budget, block_size)
+    away = offload_config(offload, gpu_blocks)
+    if away is None:
+        raise typer.BadParameter("expected async, exact or corrected, got none", param_hint="--offload")
+    with reported(console):
+        planned = make_plan(model_name, cfg, away, batch, context, gpu_mem, host_mem, missing)
+    print_plan(planned, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps({"machine": hardware(), **asdict(planned)}, indent=2))
 
 
 @app.command()
@@ -144,15 +183,19 @@ def _run(
     json_file: Path | None,
     plot: Path | None,
     dense: bool = True,
+    offload: OffloadConfig | None = None,
+    stats: bool = False,
 ) -> None:
     with reported(console):
-        result = compare(model, tokenizer, ids, cfg, new_tokens, console, dense)
+        result = compare(model, tokenizer, ids, cfg, new_tokens, console, dense, offload)
     if not result.record.layers:
         console.print(
             f"the budgets hold all of the {result.prompt_tokens} tokens: every step was dense; lower them",
             style="yellow",
         )
     print_comparison(result, console)
+    if result.offload:
+        print_offload(result.offload, console, layers=stats)
     if json_file is not None:
         json_file.write_text(json.dumps({"machine": hardware(), **result.as_dict()}, indent=2))
     if plot is not None and result.record.layers:

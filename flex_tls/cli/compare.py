@@ -16,6 +16,7 @@ from ..cache import TLSCache
 from ..config import TLSConfig
 from ..evaluate.prefilled import dynamic_copy
 from ..integrations.huggingface import disable, enable, end_of_sequence_ids
+from ..offload import LayerStats, OffloadConfig
 from ..record import Record, Recorder
 
 PREFILL_CHUNK = 1024
@@ -59,6 +60,8 @@ class Comparison:
     agreement: float | None
     kl: float | None
     record: Record
+    # Of the offload engine, while the sparse run decoded; empty without offload
+    offload: dict[int, LayerStats]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -80,12 +83,20 @@ class Comparison:
             "kv_bytes_read_per_token": record.kv_bytes_read_per_token,
             "kv_bytes_dense_per_token": record.kv_bytes_dense_per_token,
             "index_bytes_read_per_token": record.index_bytes_read_per_token,
+            "offload": {layer: asdict(stats) for layer, stats in self.offload.items()},
         }
 
 
 @torch.no_grad()
 def compare(
-    model: Any, tokenizer: Any, ids: Tensor, cfg: TLSConfig, new_tokens: int, console: Console, dense: bool = True
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    cfg: TLSConfig,
+    new_tokens: int,
+    console: Console,
+    dense: bool = True,
+    offload: OffloadConfig | None = None,
 ) -> Comparison:
     """Read ids int64 [1, S] once, then decode ``new_tokens`` greedily per kind of attention.
 
@@ -94,7 +105,9 @@ def compare(
     End-of-sequence tokens are suppressed: both decode the same number of tokens.
     """
     n = ids.shape[1]
-    cache = TLSCache(model.config, cfg, max_len=n + new_tokens + 1, dtype=model.dtype, device=model.device)
+    cache = TLSCache(
+        model.config, cfg, max_len=n + new_tokens + 1, dtype=model.dtype, device=model.device, offload=offload
+    )
     banned = end_of_sequence_ids(model)
 
     def step(past: Any) -> Callable[[Tensor], Tensor]:
@@ -119,6 +132,7 @@ def compare(
             enable(model)
         console.rule("two-level attention")
         sparse = _decode(step(cache), first, new_tokens, banned, tokenizer, console)
+        stats = cache.stats()
         cache.crop(n)
         cache.recorder = Recorder()
         forced = sparse if full is None else full
@@ -143,6 +157,7 @@ def compare(
         agreement,
         kl,
         record,
+        stats,
     )
 
 

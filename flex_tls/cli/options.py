@@ -9,6 +9,7 @@ import torch
 import typer
 
 from ..config import TLSConfig
+from ..offload import OffloadConfig
 from .weights import load_smollm2
 
 
@@ -41,6 +42,18 @@ def config(context: int, block_budget: str, token_budget: str, block_size: int) 
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def offload_config(policy: str, gpu_blocks: int | None) -> OffloadConfig | None:
+    """The options as an offload configuration; None for ``"none"``."""
+    if policy == "none":
+        if gpu_blocks is not None:
+            raise typer.BadParameter("expected --offload with it, got none", param_hint="--gpu-blocks")
+        return None
+    try:
+        return OffloadConfig(policy=policy, gpu_blocks=gpu_blocks)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--offload") from error
 
 
 def load_shape(name: str, dtype: str) -> Any:

@@ -19,6 +19,7 @@ from rich.table import Table
 from ..attention import BackendUnavailable
 from ..evaluate.bootstrap import Interval
 from ..evaluate.summary import PplSummary, RetrievalSummary
+from ..offload import LayerStats
 from .compare import Comparison
 
 
@@ -106,6 +107,36 @@ def print_comparison(result: Comparison, console: Console) -> None:
         highlight=False,
     )
     _print_machine(console)
+
+
+def print_offload(stats: dict[int, LayerStats], console: Console, *, layers: bool) -> None:
+    """What the offload engine did: all layers together and, with ``layers``, each."""
+    names = ("layer", "hits", "missing mass", "waits", "in per step", "out per step", "slots used")
+    table = Table(title="keys and values in host memory", title_justify="left", box=SIMPLE_HEAD)
+    for name in names:
+        table.add_column(name, justify="right")
+    each = list(stats.values())
+    for layer, one in stats.items() if layers else ():
+        table.add_row(str(layer), *_offload_cells([one]))
+    table.add_row("mean", *_offload_cells(each))
+    console.print(table)
+    console.print(
+        f"host: {megabytes(sum(x.host_bytes for x in each))}; pools on the device: "
+        f"{megabytes(sum(x.pool_bytes for x in each))}, {len(each)} layers",
+        highlight=False,
+    )
+
+
+def _offload_cells(stats: Sequence[LayerStats]) -> tuple[str, ...]:
+    n, steps = len(stats), max(stats[0].steps, 1)
+    return (
+        f"{sum(x.hit_rate for x in stats) / n:.1%}",
+        f"{sum(x.missing_mass for x in stats) / n:.2%}",
+        f"{sum(x.waits for x in stats) / n:.1%}",
+        megabytes(sum(x.bytes_in for x in stats) / n / steps),
+        megabytes(sum(x.bytes_out for x in stats) / n / steps),
+        f"{sum(x.used_slots for x in stats) / sum(x.pool_slots for x in stats):.0%}",
+    )
 
 
 def print_ppl(lines: Sequence[PplSummary], console: Console) -> None:

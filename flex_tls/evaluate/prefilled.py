@@ -106,6 +106,6 @@ def dynamic_copy(cache: TLSCache, model_config: Any) -> DynamicCache:
     n = cache.get_seq_length()
     copy = DynamicCache(config=model_config)
     for i, layer in enumerate(cache.tls_layers):
-        keys, values = layer.buffers()
-        copy.update(keys[:, :, :n].clone(), values[:, :, :n].clone(), i)
+        keys, values = (x[:, :, :n].to(layer.on_device()[0].device, copy=True) for x in layer.buffers())
+        copy.update(keys, values, i)
     return copy

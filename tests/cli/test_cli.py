@@ -96,6 +96,26 @@ def test_generate_without_the_dense_run(model_folder: Path, tmp_path: Path) -> N
     assert "every step was dense" in result.output
 
 
+def test_generate_with_keys_and_values_in_host_memory(model_folder: Path, tmp_path: Path) -> None:
+    prompt, out = tmp_path / "prompt.txt", tmp_path / "out.json"
+    prompt.write_text(library_source()[:700])
+    files = ["--prompt-file", str(prompt), "--json", str(out), "--no-compare", "--new-tokens", "4"]
+    budgets = ["--block-size", "16", "--block-budget", "1/2", "--token-budget", "1/4", "--device", "cpu"]
+    command = ["generate", "--model", str(model_folder), *files, *budgets]
+    result = runner.invoke(cli.app, [*command, "--offload", "exact", "--stats"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())["offload"]
+    assert set(found) == {"2", "3"}
+    assert all(0 < layer["hit_rate"] <= 1 and layer["host_bytes"] > 0 for layer in found.values())
+    assert "keys and values in host memory" in result.output
+    assert "hits" in result.output
+    result = runner.invoke(cli.app, [*command, "--gpu-blocks", "5"])
+    assert result.exit_code == 2
+    result = runner.invoke(cli.app, [*command, "--offload", "async", "--gpu-blocks", "5"])
+    assert result.exit_code == 1
+    assert "gpu_blocks: expected at least" in " ".join(result.output.split())
+
+
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("text")

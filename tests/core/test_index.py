@@ -141,7 +141,7 @@ def test_codes_survive_packing(bits: int, dims: int) -> None:
     gen = torch.Generator().manual_seed(bits)
     k, q = torch.randn(2, 3, 70, 16, generator=gen), torch.randn(2, 3, 5, 16, generator=gen)
     labels = TokenLabels.empty(2, 3, 70, 16, dims=dims, bits=bits, device=k.device)
-    labels.fit(k, torch.ones(2, 70, dtype=torch.bool))
+    labels.fit(lambda: [(k, torch.ones(2, 70, dtype=torch.bool))])
     labels.codes.copy_(labels.encode(k))
     place = k @ labels.to_code + labels.offset[:, :, None]
     code = place.round().clamp(0, 2**bits - 1)

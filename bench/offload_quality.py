@@ -1,0 +1,101 @@
+"""What a small pool costs in quality: hit rates and KL against no offload, per policy, on real weights and text."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flex_tls as tls
+from flex_tls.integrations.huggingface import enabled
+
+# Provider -> policy and whether the blocks of earlier steps are attended to
+PROVIDERS: dict[str, dict[str, Any]] = {
+    "exact": {"policy": "exact"},
+    "async": {"policy": "async"},
+    "async_selected": {"policy": "async", "attend_resident": False},
+    "corrected": {"policy": "corrected"},
+    "corrected_selected": {"policy": "corrected", "attend_resident": False},
+}
+
+
+def measure(
+    model: Any, name: str, text: str, ids: Tensor, n_score: int, cfg: tls.TLSConfig, pools: list[float],
+    providers: list[str],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Rows of one text: ids int64 [1, S], the last ``n_score`` tokens teacher-forced; pools in block budgets."""
+    n = ids.shape[1] - n_score
+    device = model.device
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "prompt"
+        dense = tls.TLSCache(
+            model.config, cfg, max_len=ids.shape[1], dtype=model.dtype, device=device, backend=_backend(device),
+            offload=tls.OffloadConfig(policy="exact"),
+        )  # fmt: skip
+        with enabled(model):
+            for first in range(0, n, 2048):
+                model(ids[:, first : min(first + 2048, n)], past_key_values=dense, logits_to_keep=1)
+        dense.save(path)
+        plain = tls.TLSCache.load(path, model.config, device=device, backend=_backend(device))
+        truth = _forced(model, plain, ids, n)
+        whole = _dense(plain, model, ids, n)
+        for pool in pools:
+            for provider in providers:
+                slots = max(int(pool * cfg.kept_blocks), cfg.kept_blocks + 2)
+                offload = tls.OffloadConfig(gpu_blocks=slots, **PROVIDERS[provider])
+                cache = tls.TLSCache.load(path, model.config, device=device, backend=_backend(device), offload=offload)
+                logits = _forced(model, cache, ids, n)
+                stats = list(cache.stats().values())
+                mean = lambda field, stats=stats: sum(getattr(x, field) for x in stats) / len(stats)  # noqa: E731
+                yield {
+                    "bench": "offload_quality", "model": name, "text": text, "context": n, "scored": n_score,
+                    "provider": provider, "pool_over_budget": slots / cfg.kept_blocks, "block_size": cfg.block_size,
+                    "block_budget": cfg.block_budget, "token_budget": cfg.token_budget,
+                    "hit_rate": mean("hit_rate"), "worst_hit_rate": min(x.hit_rate for x in stats),
+                    "missing_mass": mean("missing_mass"), "waits": mean("waits"),
+                    "kl_to_no_offload": _kl(truth, logits), "kl_dense_to_this": _kl(whole, logits),
+                    "kl_dense_to_no_offload": _kl(whole, truth),
+                    "agreement": float((truth.argmax(-1) == logits.argmax(-1)).float().mean()),
+                }  # fmt: skip
+                cache.close()
+
+
+def _backend(device: torch.device) -> Any:
+    # On a CPU compiling a pool of each size would take longer than the steps
+    return "flex" if device.type == "cuda" else "reference"
+
+
+def _forced(model: Any, cache: tls.TLSCache, ids: Tensor, n: int) -> Tensor:
+    """Log-probabilities [scored - 1, V] after each forced token, float64 on the CPU."""
+    with enabled(model):
+        steps = (model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(n, ids.shape[1] - 1))
+        out = [logits[0, -1].double().cpu() for logits in steps]
+    return torch.stack(out).log_softmax(-1)
+
+
+def _dense(cache: tls.TLSCache, model: Any, ids: Tensor, n: int) -> Tensor:
+    """The same without two levels, over the same keys and values."""
+    cache.crop(n)
+    with _budgets_that_hold_all(cache):
+        return _forced(model, cache, ids, n)
+
+
+@contextmanager
+def _budgets_that_hold_all(cache: tls.TLSCache) -> Iterator[None]:
+    cfg = cache._shared.cfg
+    cache._shared.cfg = tls.TLSConfig(
+        block_size=cfg.block_size, block_budget=2**30, token_budget=None, dense_layers=cfg.dense_layers
+    )
+    try:
+        yield
+    finally:
+        cache._shared.cfg = cfg
+
+
+def _kl(p: Tensor, q: Tensor) -> float:
+    return float((p.exp() * (p - q)).sum(-1).mean())

@@ -1,0 +1,187 @@
+"""``flex-tls plan``: bytes of a context with and without offload, what fits, and the least time that a step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..cache import TLSCache
+from ..config import TLSConfig
+from ..offload import OffloadConfig, host_bytes_available
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a cache's bytes are, and what would fit. ``step_ms``: least time of a step; None without measured rates."""
+
+    device_bytes: int
+    host_bytes: int
+    fits: bool
+    largest_batch: int
+    largest_context: int
+    step_ms: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that ``plan`` reports; bytes a second as measured on this machine, None without CUDA."""
+
+    batch: int
+    context: int
+    weight_bytes: int
+    gpu_bytes: int | None
+    host_bytes: int | None
+    device_bytes_per_s: float | None
+    link_bytes_per_s: float | None
+    missing: float
+    resident: Placement
+    offloaded: Placement
+
+
+def make_plan(
+    model_name: str, cfg: TLSConfig, offload: OffloadConfig, batch: int, context: int, gpu_gb: float | None,
+    host_gb: float | None, missing: float,
+) -> Plan:  # fmt: skip
+    """Plan for the model's configuration; no weights are read, no buffers allocated.
+
+    Raises:
+        ValueError: a model that is not supported, a pool too small.
+    """
+    config, weight_bytes = _model(model_name)
+    cuda = torch.cuda.is_available()
+    gpu = int(gpu_gb * 1e9) if gpu_gb is not None else torch.cuda.mem_get_info()[1] if cuda else None
+    host = int(host_gb * 1e9) if host_gb is not None else host_bytes_available()
+    rates = (_read_rate(), _link_rate()) if cuda else None
+
+    def placement(away: OffloadConfig | None) -> Placement:
+        def cache(b: int, n: int) -> TLSCache:
+            return TLSCache(config, cfg, batch_size=b, max_len=n, offload=away)
+
+        def fits(b: int, n: int) -> bool:
+            made = cache(b, n)
+            on_device = weight_bytes + made.device_nbytes
+            return (gpu is None or on_device <= gpu) and (host is None or made.host_nbytes <= host)
+
+        made = cache(batch, context)
+        return Placement(
+            weight_bytes + made.device_nbytes, made.host_nbytes, fits(batch, context),
+            largest(lambda b: fits(b, context)), largest(lambda n: fits(batch, n), cfg.block_size),
+            None if rates is None else _step_ms(made, weight_bytes, context, missing, *rates),
+        )  # fmt: skip
+
+    read_rate, link_rate = rates or (None, None)
+    return Plan(
+        batch, context, weight_bytes, gpu, host, read_rate, link_rate, missing, placement(None), placement(offload)
+    )
+
+
+def largest(fits: Callable[[int], bool], unit: int = 1, most: int = 2**30) -> int:
+    """Largest multiple of ``unit`` that fits, given that what is smaller fits too; 0 if none, ``most`` at most."""
+    low, high = 0, 1
+    while high * unit < most and fits(high * unit):
+        low, high = high, 2 * high
+    if high * unit >= most:
+        return most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * unit) else (low, middle)
+    return low * unit
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The plan as a table."""
+    table = Table(title=f"{plan.batch} x {plan.context:,} tokens", title_justify="left")
+    for name in ("", "on the device", "offloaded"):
+        table.add_column(name, justify="left" if not name else "right")
+    both = (plan.resident, plan.offloaded)
+
+    def row(name: str, text: Callable[[Placement], str]) -> None:
+        table.add_row(name, *(text(x) for x in both))
+
+    row("device, weights included", lambda x: _gb(x.device_bytes))
+    row("host", lambda x: _gb(x.host_bytes))
+    row("fits", lambda x: "yes" if x.fits else "no")
+    row(f"largest batch at {plan.context:,} tokens", lambda x: _most(x.largest_batch))
+    row(f"longest context at batch {plan.batch}", lambda x: _most(x.largest_context))
+    row("least time of a step", lambda x: "" if x.step_ms is None else f"{x.step_ms:.1f} ms")
+    console.print(table)
+    known = [f"weights {_gb(plan.weight_bytes)}"]
+    known += [f"device memory {_gb(plan.gpu_bytes)}"] if plan.gpu_bytes is not None else []
+    known += [f"host memory {_gb(plan.host_bytes)}"] if plan.host_bytes is not None else []
+    if plan.device_bytes_per_s is not None and plan.link_bytes_per_s is not None:
+        known += [f"reads {plan.device_bytes_per_s / 1e9:,.0f} GB/s", f"link {plan.link_bytes_per_s / 1e9:.1f} GB/s"]
+    console.print(", ".join(known), highlight=False)
+    if not plan.resident.fits and plan.offloaded.fits:
+        console.print("offload: it fits in no other way")
+    elif plan.offloaded.largest_batch > plan.resident.largest_batch:
+        console.print("offload pays where more rows are wanted than fit on the device")
+    else:
+        console.print("offload does not pay: the device holds as much without it")
+
+
+def _step_ms(
+    cache: TLSCache, weight_bytes: int, context: int, missing: float, read_rate: float, link_rate: float
+) -> float:
+    """Bytes over rates: weights, labels, and what is attended to; fetches beside that, or, ``exact``, before it."""
+    cfg, shape = cache.cfg, cache.shape
+    n_sparse = max(shape.n_layers - cfg.dense_layers, 0)
+    token_bytes = 2 * shape.n_kv_heads * shape.head_dim * cache.dtype.itemsize * cache.batch_size
+    kept = min(context, cfg.block_budget if cfg.token_budget is None else cfg.token_budget)
+    attended = (n_sparse * kept + (shape.n_layers - n_sparse) * context) * token_bytes
+    read_s = (weight_bytes + cache.index_nbytes + attended) / read_rate
+    if cache.offload_config is None:
+        return read_s * 1e3
+    fetched = missing * min(context, cfg.block_budget) * token_bytes * len(cache.offloaded_layers)
+    fetch_s = fetched / link_rate
+    return (read_s + fetch_s if cache.offload_config.policy == "exact" else max(read_s, fetch_s)) * 1e3
+
+
+def _model(name: str) -> tuple[Any, int]:
+    """(configuration, bytes of the weights in their dtype)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{name!r} could not be read: {error}", param_hint="--model") from error
+    dtype = getattr(config, "dtype", None) or torch.get_default_dtype()
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call,unused-ignore]
+    return config, sum(x.numel() * x.element_size() for x in model.parameters())
+
+
+def _read_rate() -> float:
+    x = torch.ones(2**28, device="cuda")
+    return x.nbytes / _seconds(lambda: x.sum())
+
+
+def _link_rate() -> float:
+    host, device = torch.ones(2**26, pin_memory=True), torch.empty(2**26, device="cuda")
+    return host.nbytes / _seconds(lambda: device.copy_(host, non_blocking=True))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Median of nine calls, by the device's clock."""
+    taken: list[float] = []
+    for _ in range(11):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call,unused-ignore]
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(start.elapsed_time(end) / 1e3)
+    return sorted(taken[2:])[4]
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.2f} GB"
+
+
+def _most(n: int) -> str:
+    return "any" if n >= 2**30 else f"{n:,}"

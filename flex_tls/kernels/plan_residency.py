@@ -1,0 +1,150 @@
+"""What one step does with a pool of block slots: hits, misses, victims, and the blocks to attend to, in one launch.
+
+The oracle is ``flex_tls.offload.residency``; the result is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import padded
+
+
+@triton.jit
+def plan_residency(
+    ids, scores, start, seq_lens, slot_of_block, block_of_slot, last_used, arrived, clock, begins, lens,
+    fetch_block, fetch_slot, fetch_count, waits, counters, missing_mass, attended, attended_count,
+    n_heads, W, N, P, A, R, n_ahead, waits_above,
+    BLOCK_SIZE: tl.constexpr, WP: tl.constexpr, OPEN: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr,
+    AP: tl.constexpr, SCORED: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Program ``row`` plans for one row and KV head."""
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.load(start + row // n_heads).to(tl.int32)
+    end = tl.load(seq_lens + row // n_heads).to(tl.int32)
+    now = tl.load(clock + row) + 1
+    slot_of_block += row * N
+    block_of_slot += row * P
+    last_used += row * P
+    arrived += row * P
+    fetch_block += row * P
+    fetch_slot += row * P
+    # Needed blocks: the selected ones, and behind them those of new tokens that are not among them
+    lane = tl.arange(0, WP)
+    block = tl.load(ids + row * W + lane, lane < W, other=N)
+    selected = block < N
+    last = tl.minimum((end + n_ahead - 1) // BLOCK_SIZE, N - 1)
+    for i in tl.static_range(OPEN):
+        opened = begin // BLOCK_SIZE + i
+        known = tl.sum((block == opened).to(tl.int32), 0)
+        block = tl.where((lane == W + i) & (opened <= last) & (known == 0), opened, block)
+    needed = block < N
+    slot = tl.load(slot_of_block + block, needed, other=-1)
+    hit = needed & (slot >= 0)
+    absent = needed & (slot < 0)
+    n_absent = tl.sum(absent.to(tl.int32), 0)
+    # A slot that is used now is no victim
+    tl.store(last_used + slot, now, hit)
+    tl.debug_barrier()
+    s = tl.arange(0, PP)
+    held = tl.load(block_of_slot + s, s < P, other=-1)
+    used = tl.load(last_used + s, s < P, other=0)
+    free = (s < P) & (used != now)
+    age = tl.where(held < 0, -1, used)
+    # The oldest slots: fewer than n_absent are as old as ``low``, at least as many as ``edge``
+    low = -2
+    edge = now
+    while edge - low > 1:
+        middle = (low + edge) >> 1
+        enough = tl.sum((free & (age <= middle)).to(tl.int32), 0) >= n_absent
+        edge = tl.where(enough, middle, edge)
+        low = tl.where(enough, low, middle)
+    older = free & (age < edge)
+    same = (free & (age == edge)).to(tl.int32)
+    room = n_absent - tl.sum(older.to(tl.int32), 0)
+    victim = older | ((same != 0) & (tl.cumsum(same, 0) <= room))
+    order = tl.cumsum(victim.to(tl.int32), 0) - 1
+    tl.store(fetch_slot + order, s, victim)
+    order = tl.cumsum(absent.to(tl.int32), 0) - 1
+    tl.store(fetch_block + order, block, absent)
+    tl.store(slot_of_block + held, -1, victim & (held >= 0))
+    tl.debug_barrier()
+    new_block = tl.load(fetch_block + lane, lane < n_absent, other=0)
+    new_slot = tl.load(fetch_slot + lane, lane < n_absent, other=0)
+    tl.store(slot_of_block + new_block, new_slot, lane < n_absent)
+    tl.store(block_of_slot + new_slot, new_block, lane < n_absent)
+    tl.store(last_used + new_slot, now, lane < n_absent)
+    tl.store(arrived + new_slot, now, lane < n_absent)
+
+    missing = absent & selected
+    lost = 0.0
+    if SCORED:
+        for r in range(R):
+            score = tl.load(scores + (row * R + r) * N + block, selected, other=float("-inf"))
+            top = tl.max(score, 0)
+            weight = tl.exp(score - tl.where(top == float("-inf"), 0.0, top))
+            lost += tl.sum(tl.where(missing, weight, 0.0), 0) / tl.maximum(tl.sum(weight, 0), 1.1754944e-38)
+        lost = lost / R
+    # An integer: the interpreter has no conjunction of a number's truth with a vector's
+    wait = tl.where(lost > waits_above, 1, 0)
+    n_selected = tl.sum(selected.to(tl.int32), 0)
+    n_missing = tl.sum(missing.to(tl.int32), 0)
+    tl.store(waits + row, wait)
+    tl.store(fetch_count + row, n_absent)
+    tl.store(clock + row, now)
+    tl.store(begins + row, begin)
+    tl.store(lens + row, end)
+    counters += row * 6
+    tl.store(counters, tl.load(counters) + (n_selected > 0).to(tl.int64))
+    tl.store(counters + 1, tl.load(counters + 1) + n_selected)
+    tl.store(counters + 2, tl.load(counters + 2) + n_missing)
+    tl.store(counters + 3, tl.load(counters + 3) + n_absent)
+    tl.store(counters + 4, tl.load(counters + 4) + wait * tl.minimum(n_missing, 1))
+    tl.store(counters + 5, tl.load(counters + 5) + (end - begin))
+    tl.store(missing_mass + row, tl.load(missing_mass + row) + lost)
+
+    attended += row * A
+    if RESIDENT:
+        tl.debug_barrier()
+        n = tl.arange(0, NP)
+        place = tl.load(slot_of_block + n, n < N, other=-1)
+        since = tl.load(arrived + place, place >= 0, other=0)
+        keep = (place >= 0) & (((since != now).to(tl.int32) + wait) > 0) & (n <= (end - 1) // BLOCK_SIZE)
+        what = n
+    else:
+        keep = selected & ((hit.to(tl.int32) + wait) > 0)
+        what = block
+    order = tl.cumsum(keep.to(tl.int32), 0)
+    n_kept = tl.sum(keep.to(tl.int32), 0)
+    tl.store(attended + order - 1, what, keep)
+    entry = tl.arange(0, AP)
+    tl.store(attended + entry, tl.zeros((AP,), tl.int32) + N, (entry >= n_kept) & (entry < A))
+    tl.store(attended_count + row, n_kept)
+
+
+def launch_plan_residency(
+    ids: Tensor, scores: Tensor | None, start: Tensor, seq_lens: Tensor, slot_of_block: Tensor, block_of_slot: Tensor,
+    last_used: Tensor, arrived: Tensor, clock: Tensor, begins: Tensor, lens: Tensor, fetch_block: Tensor,
+    fetch_slot: Tensor, fetch_count: Tensor, waits: Tensor, counters: Tensor, missing_mass: Tensor,
+    *, n_open: int, n_ahead: int, block_size: int, waits_above: float, resident_too: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Plan ids int32 [B, HKV, W]; see ``flex_tls.offload.residency.plan_step`` for what is read and written.
+
+    Returns the blocks to attend to, int32 [B, HKV, A], for one query token, the last; and their counts [B, HKV].
+    A is W, or the number of slots with ``resident_too``.
+    """
+    b, hkv, w = ids.shape
+    n, p = slot_of_block.shape[2], block_of_slot.shape[2]
+    a = p if resident_too else w
+    attended, counts = ids.new_empty(b, hkv, a), ids.new_empty(b, hkv)
+    wide = padded(max(p, n if resident_too else 1, w + n_open))
+    plan_residency[(b * hkv,)](
+        ids, missing_mass if scores is None else scores, start, seq_lens, slot_of_block, block_of_slot, last_used,
+        arrived, clock, begins, lens, fetch_block, fetch_slot, fetch_count, waits, counters, missing_mass, attended,
+        counts, hkv, w, n, p, a, 1 if scores is None else scores.shape[2], n_ahead, waits_above,
+        BLOCK_SIZE=block_size, WP=padded(w + n_open), OPEN=n_open, PP=padded(p), NP=padded(n), AP=padded(a),
+        SCORED=scores is not None, RESIDENT=resident_too, num_warps=4 if wide <= 2048 else 8,
+    )  # fmt: skip
+    return attended, counts

@@ -1,0 +1,352 @@
+"""A layer of a ``TLSCache`` whose keys and values live in host memory, with a pool of block slots on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .attention import Attended
+from .cache_layer import Shared, TLSLayer, new_index
+from .dense import dense_attention
+from .index import KeyChunks, KVIndex
+from .mods import MaskMod, query_positions
+from .offload import (
+    DevicePool,
+    HostStore,
+    LayerOffload,
+    OffloadConfig,
+    RowReader,
+    check_host_bytes,
+    host_bytes_available,
+    make_transfers,
+    open_blocks,
+)
+from .paged import Scored, attend_pages, earlier, paged_backend, score
+from .pages import Pages
+from .progress import Step
+from .ragged import align_left, align_right
+from .streamed import streamed_attention
+
+# The last queries of a prompt choose what is on the device when decoding begins: the union of sixteen selections is
+# twice one of them, as the default pool is
+WARM_QUERIES = 16
+# Tokens of the past that are on the device at once while a long chunk attends to it, or while an index is fitted
+PIECE_TOKENS = 8192
+
+
+class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
+    """As :class:`TLSLayer`; keys and values are in the host store, the index and some blocks on the device.
+
+    A prompt's chunks go to the store and attend densely, the past streamed back in pieces. Decode steps append to the
+    pool and attend to what is in it, by the policy; see :class:`flex_tls.offload.LayerOffload`.
+    """
+
+    def __init__(self, shared: Shared, layer_idx: int) -> None:
+        super().__init__(shared, layer_idx)
+        # Slots of the pool per row and KV head; see size_pools
+        self.n_slots = 0
+        self.engine: LayerOffload | None = None
+        self._new: tuple[Tensor, Tensor] | None = None
+        self._last_queries: Tensor | None = None
+        self._scale = 1.0
+        self._reader: RowReader | None = None
+
+    def place(self, store: HostStore, config: OffloadConfig, reader: RowReader) -> None:
+        """Take a store, and allocate pool and index on the device of ``reader``, which layers share."""
+        shared, device, dtype = self.shared, reader.device, store.rows.dtype
+        pool = self.new_pool(dtype, device)
+        transfers = make_transfers(device, config)
+        self.engine = LayerOffload(store, pool, config, shared.cfg.sparse_query_tokens, transfers)
+        self._reader = reader
+        self.index = new_index(shared, dtype, device)
+        self.is_initialized = True
+
+    def new_pool(self, dtype: torch.dtype, device: torch.device) -> DevicePool:
+        """An empty pool for this layer."""
+        shared = self.shared
+        size = shared.cfg.block_size
+        return DevicePool(
+            batch_size=shared.progress.batch_size, n_kv_heads=shared.shape.n_kv_heads, n_slots=self.n_slots,
+            n_blocks=shared.capacity_tokens // size, block_size=size, head_dim=shared.shape.head_dim, dtype=dtype,
+            device=device,
+        )  # fmt: skip
+
+    def release(self) -> None:
+        """Give every buffer back; the layer is as new."""
+        if self.engine is not None:
+            self.engine.close()
+        self.engine = self._reader = self._new = self._last_queries = self.index = None
+        self.is_initialized = False
+
+    def opened(self) -> LayerOffload:
+        """The engine, once buffers are allocated."""
+        assert self.engine is not None
+        return self.engine
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """All keys and values, [B, HKV, S, D], in host memory. Waits for the device: for reports and for copies."""
+        engine = self.opened()
+        engine.synchronize()
+        return engine.store.keys, engine.store.values
+
+    def on_device(self) -> tuple[Tensor, Tensor]:
+        """The pool's, [B, HKV, P * BLOCK, D]."""
+        pool = self.opened().pool
+        return pool.keys, pool.values
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        """As :meth:`TLSLayer.attend`."""
+        step = self._step
+        if step is not None and self._new is not None:
+            # The newest of a prompt's queries, right aligned as they come
+            self.remember(q[:, :, -WARM_QUERIES:].clone(), scale)
+        try:
+            return super().attend(q, scale)
+        finally:
+            self._new = None
+
+    @property
+    def last_queries(self) -> Tensor | None:
+        """A prompt's last queries [B, HQ, up to 16, D], until they have said what decoding begins with."""
+        return self._last_queries
+
+    @property
+    def scale(self) -> float:
+        """Of the last attention's scores."""
+        return self._scale
+
+    def remember(self, q: Tensor, scale: float) -> None:
+        """Set :attr:`last_queries` and :attr:`scale`."""
+        self._last_queries, self._scale = q, scale
+
+    def prepare(self) -> None:
+        """Bring the next tokens' blocks and, after a prompt, what its last queries select into the pool.
+
+        Eager steps do it by themselves; before compiled ones it must be called.
+        """
+        if self.index is not None and self.index.fitted_tokens and not self.opened().is_open:
+            with torch.no_grad():
+                self._open(self.index.seq_lens.clone())
+
+    def cut(self, lens: list[int]) -> None:
+        """Keep the first ``lens[b]`` tokens of each row."""
+        self._step = self._new = self._last_queries = None
+        if self.engine is None or self.index is None:
+            return
+        self.engine.cut(lens)
+        if self.index.fitted_tokens:
+            if max(lens) == 0:
+                self.index.reset()
+            else:
+                keys = None if self.index.summary is None else self.buffers()[0]
+                self.index.crop(torch.tensor(lens), keys)
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Row i becomes the former row ``rows[i]``; a batch of another size gets new buffers."""
+        if self.engine is None or self.index is None:
+            return
+        if rows.shape[0] == self.engine.store.rows.shape[0]:
+            self.engine.take_rows(rows, max(self.shared.progress.lens))
+        else:
+            self.engine = self.engine.resized(rows)
+        if self._last_queries is not None:
+            self._last_queries = self._last_queries.index_select(0, rows.to(self._last_queries.device))
+        self.index.reorder(rows.to(self.index.seq_lens.device))
+
+    def reset(self) -> None:
+        """Forget every token; the buffers stay."""
+        super().reset()
+        self._new = self._last_queries = None
+        if self.engine is not None:
+            self.engine.reset()
+
+    def _write(self, k: Tensor, v: Tensor, step: Step) -> None:
+        engine, index = self.opened(), self.index
+        decoding = not step.is_fresh and step.n_new <= engine.n_ahead
+        if decoding and index is not None and index.fitted_tokens:
+            if not engine.is_open:
+                self._open(step.start)
+            engine.join()
+            engine.append(k, v, step.start)
+        else:
+            counts = [after - before for before, after in zip(step.lens_before, step.lens_after, strict=True)]
+            engine.write(k, v, step.lens_before, counts)
+            self._new = (k, v)
+
+    def _prompt(self, step: Step) -> tuple[Tensor, Tensor]:
+        assert self._new is not None
+        return self._new
+
+    def _attend_all(self, q: Tensor, step: Step, scale: float) -> Tensor:
+        if self._new is None:
+            same = len(set(step.lens_after)) == 1
+            keys, values = self._all_resident(step)
+            return dense_attention(q, keys, values, step.seq_lens, scale=scale, same_length=same)
+        if not q.is_cuda:
+            # The store itself is where the queries are
+            return super()._attend_all(q, step, scale)
+        if step.left_pad is not None:
+            q = align_left(q, step.left_pad)
+        counts = [after - before for before, after in zip(step.lens_before, step.lens_after, strict=True)]
+        out = streamed_attention(q, *self._new, step.lens_before, counts, self._past, scale=scale)
+        return out if step.left_pad is None else align_right(out, step.left_pad)
+
+    def _all_resident(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Every key and value of a context that the budgets hold, from the pool, in logical order."""
+        engine = self.opened()
+        pool, size = engine.pool, engine.pool.block_size
+        n_blocks = -(-step.longest // size)
+        number = torch.arange(n_blocks, dtype=torch.int32, device=step.seq_lens.device)
+        held = (step.seq_lens + size - 1) // size
+        ids = torch.where(number < held[:, None], number, pool.n_blocks)
+        ids = ids[:, None, None].expand(-1, pool.slots.shape[1], -1, -1)
+        engine.step(
+            ids, None, step.start, step.seq_lens, step.seq_lens[:, None] - 1, n_written=step.n_new, wait=True
+        )  # fmt: skip
+        pages = self._pages()
+        keys, values = (pages.gathered(x)[:, :, : step.longest] for x in self.on_device())
+        return keys, values
+
+    def _attend_two_levels(
+        self, q: Tensor, step: Step, index: KVIndex, mask_mod: MaskMod | None, scale: float, selected: bool
+    ) -> Attended:
+        engine, cfg = self.opened(), self.shared.cfg
+        n_written, start = step.n_new, step.start
+        if not engine.is_open:
+            # The index was built in this very step: the new tokens went to the store
+            self._open(step.seq_lens)
+            n_written, start = 0, step.seq_lens
+        parts = []
+        for part, view, positions, scored in self._pieces(q, index, mask_mod, scale):
+            ids, counts = engine.step(
+                scored.chosen.indices, scored.blocks, start, step.seq_lens, positions, n_written=n_written,
+                wait=not engine.is_warm,
+            )  # fmt: skip
+            kept = replace(scored.chosen, indices=ids, counts=counts)
+            backend = paged_backend(self.shared.backend, q.device)
+            result = attend_pages(
+                part, *self.on_device(), self._pages(), scored, kept, view, cfg, backend, mask_mod, scale
+            )
+            parts.append(result._replace(blocks=scored.chosen))
+            n_written = 0
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def _pieces(
+        self, q: Tensor, index: KVIndex, mask_mod: MaskMod | None, scale: float
+    ) -> Iterator[tuple[Tensor, KVIndex, Tensor, Scored]]:
+        """(queries, index as they see it, their positions int64 [B, T'], their level 1), what came before joined.
+
+        As many query tokens at a time as the pool can serve; every query token selects for itself in any case.
+        """
+        engine, cfg, t = self.opened(), self.shared.cfg, q.shape[2]
+        backend = paged_backend(self.shared.backend, q.device)
+        all_fit = engine.pool.n_slots == index.n_blocks
+        at_once = t if all_fit else max(1, engine.selected_at_most // min(cfg.kept_blocks, index.n_blocks))
+        for first in range(0, t, at_once):
+            last = min(first + at_once, t)
+            view, part = earlier(index, t - last), q[:, :, first:last]
+            scored = score(part, view, cfg, backend, mask_mod, scale)
+            engine.join()
+            yield part, view, query_positions(view.seq_lens, last - first), scored
+
+    def _open(self, lens: Tensor) -> None:
+        """Make room for the next tokens of rows of ``lens`` int64 [B]; after a prompt also fetch what it ended with."""
+        engine, index = self.opened(), self.index
+        assert index is not None
+        engine.open(lens)
+        q, self._last_queries = self._last_queries, None
+        if q is None or index.max_len <= self.shared.cfg.dense_up_to_tokens:
+            return
+        with engine.uncounted():
+            for _, _, positions, scored in self._pieces(q, index, None, self._scale):
+                engine.step(scored.chosen.indices, None, lens, lens, positions, n_written=0, wait=True)
+
+    def _pages(self) -> Pages:
+        pool = self.opened().pool
+        return Pages(pool.slot_of_block, pool.block_of_slot, pool.block_size)
+
+    def _past(self, row: int, n_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+        assert self._reader is not None
+        return self._reader.read(self.opened().store, row, n_tokens)
+
+    def _chunks(self, n_tokens: int) -> KeyChunks:
+        engine, step = self.opened(), self._step
+        if self._new is not None and step is not None and step.is_fresh:
+            # A prompt in one piece is still on the device
+            return KeyChunks.of(self._new[0][:, :, :n_tokens])
+        engine.join()
+        store, device = engine.store, engine.pool.slots.device
+        if device.type == "cpu":
+            return KeyChunks.of(store.keys[:, :, :n_tokens])
+        return KeyChunks(n_tokens, lambda: store.read_keys(n_tokens, PIECE_TOKENS, device))
+
+
+def choose_offloaded(shared: Shared) -> list[int]:
+    """Layers that can do without most of their keys: neither dense in every step nor bound to a sliding window."""
+    dense = shared.cfg.dense_layers
+    away = [i for i, window in enumerate(shared.shape.windows) if i >= dense and window is None]
+    if not away:
+        raise ValueError(
+            f"offload: expected a layer with full attention past dense_layers={dense}, got none of "
+            f"{shared.shape.n_layers}; these layers read all they hold in every step, leave offload out"
+        )
+    return away
+
+
+def size_pools(layers: list[OffloadedLayer], config: OffloadConfig, dtype: torch.dtype) -> None:
+    """Set each layer's number of slots; raises ValueError if one is too small for a step."""
+    shared = layers[0].shared
+    cfg, shape = shared.cfg, shared.shape
+    n_blocks = shared.capacity_tokens // cfg.block_size
+    kept = min(cfg.kept_blocks, n_blocks)
+    sizes = config.pool_blocks(
+        n_layers=len(layers), n_heads=shared.progress.batch_size * shape.n_kv_heads, n_blocks=n_blocks,
+        kept_blocks=kept, least=kept + open_blocks(cfg.sparse_query_tokens, cfg.block_size),
+        block_bytes=2 * cfg.block_size * shape.head_dim * dtype.itemsize,
+    )  # fmt: skip
+    for layer, size in zip(layers, sizes, strict=True):
+        layer.n_slots = size
+
+
+def allocate_offloaded(
+    layers: list[OffloadedLayer], config: OffloadConfig, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Allocate stores, pools and indexes, after a look at what the host has."""
+    shared = layers[0].shared
+    size_pools(layers, config, dtype)
+    shape, b = shared.shape, shared.progress.batch_size
+    token_bytes = 2 * shape.n_kv_heads * shape.head_dim * dtype.itemsize
+    needed = len(layers) * b * shared.capacity_tokens * token_bytes
+    what = f"keys and values of {b} x {shared.capacity_tokens:,} tokens in {len(layers)} layers"
+    check_host_bytes(needed, what, host_bytes_available())
+    reader: RowReader | None = None
+    for layer in layers:
+        store = HostStore(
+            batch_size=b, n_kv_heads=shape.n_kv_heads, n_blocks=shared.capacity_tokens // shared.cfg.block_size,
+            block_size=shared.cfg.block_size, head_dim=shape.head_dim, dtype=dtype, pinned=device.type == "cuda",
+        )  # fmt: skip
+        reader = reader or RowReader(store, device, PIECE_TOKENS)
+        layer.place(store, config, reader)
+
+
+def _joined(parts: list[Attended]) -> Attended:
+    """One result for query tokens that were taken in pieces."""
+    blocks = [x.blocks for x in parts if x.blocks is not None]
+    tokens = [x.tokens for x in parts if x.tokens is not None]
+    return Attended(
+        torch.cat([x.out for x in parts], 2),
+        None,
+        replace(
+            blocks[0],
+            indices=torch.cat([x.indices for x in blocks], 2),
+            counts=torch.cat([x.counts for x in blocks], 2),
+        ),
+        replace(
+            tokens[0],
+            words=torch.cat([x.words for x in tokens], 2),
+            positions=torch.cat([x.positions for x in tokens], 1),
+        ),
+    )

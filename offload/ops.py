@@ -1,0 +1,144 @@
+"""Plan, transfers and join as operators that ``torch.compile`` traces and a CUDA graph captures.
+
+Stream: one for each device, on which all transfers run in the order of their starts; it is forked from the current
+stream by every start and joined by :func:`join_transfers`. Ownership: all tensors but ``ids``, ``scores``, ``start``
+and ``seq_lens`` belong to an engine and keep their addresses; the side stream reads none of those four.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .pool import DevicePool
+from .residency import check_room, open_blocks
+from .store import HostStore
+from .transfers import side_stream
+
+_TABLES = (
+    "slot_of_block", "block_of_slot", "last_used", "arrived", "clock", "begins", "lens", "fetch_block", "fetch_slot",
+    "fetch_count", "waits", "counters", "missing_mass",
+)  # fmt: skip
+_LISTS = ("slot_of_block", "begins", "lens", "fetch_block", "fetch_slot", "fetch_count", "waits")
+
+
+def plan(
+    pool: DevicePool, ids: Tensor, scores: Tensor | None, start: Tensor, seq_lens: Tensor, *, n_ahead: int,
+    waits_above: float, resident_too: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`.residency.plan_step` and, for one query token, :func:`.residency.attended_blocks`, in one launch.
+
+    Returns int32 [B, HKV, A] and its counts [B, HKV].
+    """
+    check_room(pool, ids, n_ahead)
+    attended: tuple[Tensor, Tensor] = plan_residency(
+        ids, scores, start, seq_lens, *(getattr(pool, name) for name in _TABLES), n_ahead, pool.block_size,
+        waits_above, resident_too,
+    )  # fmt: skip
+    return attended
+
+
+def transfer(store: HostStore, pool: DevicePool, *, n_written: int, n_programs: int, may_wait: bool) -> None:
+    """Start what the last plan listed; see :class:`.transfers.Transfers`."""
+    lists = (getattr(pool, name) for name in _LISTS)
+    transfer_blocks(store.rows, pool.slots, *lists, n_written, n_programs, may_wait)
+
+
+def join(pool: DevicePool) -> None:
+    """The current stream goes on after every transfer that was started on the pool's device."""
+    join_transfers(pool.slots)
+
+
+@torch.library.custom_op("flex_tls::plan_residency", mutates_args=_TABLES)
+def plan_residency(
+    ids: Tensor, scores: Tensor | None, start: Tensor, seq_lens: Tensor, slot_of_block: Tensor, block_of_slot: Tensor,
+    last_used: Tensor, arrived: Tensor, clock: Tensor, begins: Tensor, lens: Tensor, fetch_block: Tensor,
+    fetch_slot: Tensor, fetch_count: Tensor, waits: Tensor, counters: Tensor, missing_mass: Tensor, n_ahead: int,
+    block_size: int, waits_above: float, resident_too: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See :func:`flex_tls.kernels.plan_residency.launch_plan_residency`."""
+    from ..kernels.plan_residency import launch_plan_residency
+
+    with torch.cuda.device_of(ids):  # type: ignore[no-untyped-call,unused-ignore]
+        return launch_plan_residency(
+            ids.contiguous(), None if scores is None else scores.contiguous(), start, seq_lens, slot_of_block,
+            block_of_slot, last_used, arrived, clock, begins, lens, fetch_block, fetch_slot, fetch_count, waits,
+            counters, missing_mass, n_open=open_blocks(n_ahead, block_size), n_ahead=n_ahead, block_size=block_size,
+            waits_above=waits_above, resident_too=resident_too,
+        )  # fmt: skip
+
+
+@plan_residency.register_fake
+def _(
+    ids: Tensor, scores: Tensor | None, start: Tensor, seq_lens: Tensor, slot_of_block: Tensor, block_of_slot: Tensor,
+    last_used: Tensor, arrived: Tensor, clock: Tensor, begins: Tensor, lens: Tensor, fetch_block: Tensor,
+    fetch_slot: Tensor, fetch_count: Tensor, waits: Tensor, counters: Tensor, missing_mass: Tensor, n_ahead: int,
+    block_size: int, waits_above: float, resident_too: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    b, hkv, w = ids.shape
+    return ids.new_empty(b, hkv, block_of_slot.shape[2] if resident_too else w), ids.new_empty(b, hkv)
+
+
+@torch.library.custom_op("flex_tls::transfer_blocks", mutates_args=("rows", "slots"))
+def transfer_blocks(
+    rows: Tensor, slots: Tensor, slot_of_block: Tensor, begins: Tensor, lens: Tensor, fetch_block: Tensor,
+    fetch_slot: Tensor, fetch_count: Tensor, waits: Tensor, n_written: int, n_programs: int, may_wait: bool,
+) -> None:  # fmt: skip
+    """:func:`flex_tls.kernels.fetch_blocks.launch_fetch_blocks`, at once where rows wait, else on the side stream."""
+    from ..kernels.fetch_blocks import launch_fetch_blocks
+
+    lists = (slot_of_block, begins, lens, fetch_block, fetch_slot, fetch_count, waits)
+    if not slots.is_cuda:
+        for waiting in (True, False):
+            launch_fetch_blocks(
+                rows, slots, *lists, n_written=0 if waiting else n_written, n_programs=n_programs, waiting=waiting
+            )
+        return
+    side = side_stream(slots.device)
+    with torch.cuda.device_of(slots):  # type: ignore[no-untyped-call,unused-ignore]
+        # Forked before the waiting rows' fetch: the others' begins beside it
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            launch_fetch_blocks(rows, slots, *lists, n_written=n_written, n_programs=n_programs, waiting=False)
+        if may_wait:
+            launch_fetch_blocks(rows, slots, *lists, n_written=0, n_programs=n_programs, waiting=True)
+
+
+@transfer_blocks.register_fake
+def _(
+    rows: Tensor, slots: Tensor, slot_of_block: Tensor, begins: Tensor, lens: Tensor, fetch_block: Tensor,
+    fetch_slot: Tensor, fetch_count: Tensor, waits: Tensor, n_written: int, n_programs: int, may_wait: bool,
+) -> None:  # fmt: skip
+    return None
+
+
+@torch.library.custom_op("flex_tls::join_transfers", mutates_args=("slots",))
+def join_transfers(slots: Tensor) -> None:
+    """The current stream waits for the side stream of the device; nothing on a CPU."""
+    if slots.is_cuda:
+        torch.cuda.current_stream(slots.device).wait_stream(side_stream(slots.device))
+
+
+@join_transfers.register_fake
+def _(slots: Tensor) -> None:
+    return None
+
+
+class KernelTransfers:
+    """By one kernel on ``n_programs`` programs, beside the step on the side stream; nothing waits on the host.
+
+    On a CPU, for tests, the kernel is interpreted and all is done at once.
+    """
+
+    def __init__(self, device: torch.device, n_programs: int) -> None:
+        self.side = side_stream(device) if device.type == "cuda" else None
+        self.n_programs = n_programs
+
+    def start(self, store: HostStore, pool: DevicePool, n_written: int, may_wait: bool) -> None:
+        """See :class:`.transfers.Transfers`."""
+        transfer(store, pool, n_written=n_written, n_programs=self.n_programs, may_wait=may_wait)
+
+    def join(self) -> None:
+        """See :class:`.transfers.Transfers`."""
+        if self.side is not None:
+            torch.cuda.current_stream(self.side.device).wait_stream(self.side)

@@ -1,0 +1,131 @@
+"""A cache on disk: what is loaded goes on as what was saved would have, with and without offload."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+import flex_tls as tls
+from flex_tls import saved
+from tests.integrations.models import SPARSE, make, prompts
+
+EXACT = tls.OffloadConfig(policy="exact")
+
+
+def new_cache(model: Any, cfg: tls.TLSConfig = SPARSE, **kwargs: Any) -> tls.TLSCache:
+    return tls.TLSCache(model.config, cfg, **{"max_len": 160, "backend": "reference", **kwargs})
+
+
+@torch.no_grad()
+def go_on(model: Any, cache: tls.TLSCache, n: int = 6) -> Tensor:
+    """Logits of ``n`` further tokens."""
+    out = []
+    for i in range(n):
+        position = torch.tensor(cache.seq_lens)[:, None]
+        token = torch.full((cache.batch_size, 1), 5 + i)
+        out.append(model(token, position_ids=position, past_key_values=cache).logits)
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, EXACT), (EXACT, None), (tls.OffloadConfig(), tls.OffloadConfig()), (None, None)],
+    ids=["to offload", "from offload", "async", "without"],
+)  # fmt: skip
+def test_a_loaded_cache_goes_on_as_the_saved_one(
+    before: tls.OffloadConfig | None, after: tls.OffloadConfig | None, tmp_path: Path
+) -> None:
+    """Left-padded rows; the loaded cache has room for more. Two of four with block summaries."""
+    model, inputs = make("qwen3"), prompts(90, 41)
+    cfg = dataclasses.replace(SPARSE, index="lowrank" if before is None else "quest")
+    tls.enable(model)
+    cache = new_cache(model, cfg, batch_size=2, offload=before)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    cache.save(tmp_path / "document")
+    assert [x.name for x in tmp_path.iterdir()] == ["document"]
+    want = go_on(model, cache)
+    for _ in range(2):
+        loaded = tls.TLSCache.load(
+            tmp_path / "document", model.config, max_len=250, backend="reference", offload=after
+        )  # fmt: skip
+        assert (loaded.seq_lens, loaded.get_seq_length(), loaded.cfg) == ([90, 41], 90, cfg)
+        assert torch.equal(go_on(model, loaded), want)
+    # Another turn still knows which columns are padding
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 7, dtype=torch.int64)], 1)
+    with torch.no_grad():
+        model(torch.tensor([[4], [4]]), attention_mask=mask, past_key_values=loaded)
+        with pytest.raises(ValueError, match="expected the 97 cached columns to stay as they were"):
+            model(torch.tensor([[4], [4]]), attention_mask=torch.ones(2, 98), past_key_values=loaded)
+
+
+def saved_document(tmp_path: Path, **kwargs: Any) -> tuple[Any, tls.TLSCache, Path]:
+    model = make("llama")
+    tls.enable(model)
+    cache = new_cache(model, **kwargs)
+    with torch.no_grad():
+        model(**prompts(90), past_key_values=cache)
+    cache.save(tmp_path / "document")
+    return model, cache, tmp_path / "document"
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    model, _, path = saved_document(tmp_path)
+    load = lambda **kwargs: tls.TLSCache.load(path, **{"model_config": model.config, **kwargs})  # noqa: E731
+    with pytest.raises(ValueError, match=r"path: expected a folder that TLSCache\.save wrote, got .*nowhere"):
+        tls.TLSCache.load(tmp_path / "nowhere", model.config)
+    with pytest.raises(ValueError, match=r"model_config: expected the model .* 'kv_heads': 2.*got .*'kv_heads': 4"):
+        load(model_config=make("mistral").config)
+    with pytest.raises(ValueError, match="max_len: expected at least 90, the saved columns, got 50"):
+        load(max_len=50)
+    layer = path / "layer_00001.safetensors"
+    whole = layer.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"PNG" * 100):
+        layer.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"layer_00001\.safetensors to be whole.*save the cache again"):
+            load()
+    shutil.copy(path / "layer_00000.safetensors", layer)
+    with pytest.raises(ValueError, match=r"expected labels\.codes torch\.int32 .* in .*layer_00001.*got nothing"):
+        load()
+    layer.unlink()
+    with pytest.raises(ValueError, match=r"layer_00001\.safetensors to be whole"):
+        load()
+    described = json.loads((path / "cache.json").read_text())
+    for change, text in (({"version": 9}, "expected version 1 .* got 9"), ({"format": "other"}, "is another's")):
+        (path / "cache.json").write_text(json.dumps({**described, **change}))
+        with pytest.raises(ValueError, match=text):
+            load()
+    (path / "cache.json").write_text("{")
+    with pytest.raises(ValueError, match=r"expected a folder that TLSCache\.save wrote"):
+        load()
+
+
+def test_a_save_that_fails_leaves_nothing_and_the_cache_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cache, path = saved_document(tmp_path, offload=tls.OffloadConfig())
+    with pytest.raises(ValueError, match=r"expected a name that is free, got .*document, which exists"):
+        cache.save(path)
+    with pytest.raises(ValueError, match="expected one that holds tokens, got one without buffers"):
+        new_cache(model).save(tmp_path / "empty")
+    written = []
+
+    def full(tensors: dict[str, Tensor], file: Path) -> None:
+        written.append(file)
+        if len(written) == 3:
+            raise SafetensorError("No space left on device")
+        file.write_bytes(b"")
+
+    monkeypatch.setattr(saved, "save_file", full)
+    with pytest.raises(OSError, match="other could not be written: No space left on device"):
+        cache.save(tmp_path / "other")
+    assert [x.name for x in tmp_path.iterdir()] == ["document"]
+    loaded = tls.TLSCache.load(path, model.config, backend="reference", offload=tls.OffloadConfig())
+    assert torch.equal(go_on(model, cache), go_on(model, loaded))

@@ -1,0 +1,194 @@
+"""Plan and transfers by kernels against the oracle: on a GPU as compiled, elsewhere interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flex_tls.offload import DevicePool, HostStore, LayerOffload, OffloadConfig
+from flex_tls.offload.residency import attended_blocks, open_blocks, plan_step
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+from flex_tls.offload import ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZE = 16
+
+
+def make(
+    b: int, hkv: int, n: int, p: int, d: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[HostStore, DevicePool, torch.Generator]:
+    store = HostStore(
+        batch_size=b, n_kv_heads=hkv, n_blocks=n, block_size=SIZE, head_dim=d, dtype=dtype, pinned=DEVICE == "cuda"
+    )
+    pool = DevicePool(
+        batch_size=b, n_kv_heads=hkv, n_slots=p, n_blocks=n, block_size=SIZE, head_dim=d, dtype=dtype,
+        device=torch.device(DEVICE),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    store.rows.copy_(torch.randn(store.rows.shape, generator=generator))
+    return store, pool, generator
+
+
+def draw_ids(b: int, hkv: int, n: int, w: int, last: Tensor, generator: torch.Generator) -> Tensor:
+    """Up to ``w`` blocks of each row up to its ``last``, ascending, N past the last."""
+    weight = torch.rand(b, hkv, n, generator=generator).masked_fill(torch.arange(n) > last[:, None, None], -1.0)
+    best = weight.topk(w, -1)
+    count = torch.randint(0, w + 1, (b, hkv, 1), generator=generator)
+    keep = (best.values > 0) & (torch.arange(w) < count)
+    return torch.where(keep, best.indices, n).sort(-1).values.int()
+
+
+def state(pool: DevicePool) -> dict[str, Tensor]:
+    """All that a plan writes, the fetch lists up to their counts."""
+    found = {name: x.cpu().clone() for name, x in vars(pool).items() if name != "slots"}
+    entry = torch.arange(pool.n_slots) < found["fetch_count"][..., None]
+    for name in ("fetch_block", "fetch_slot"):
+        found[name] = found[name].masked_fill(~entry, -1)
+    return found
+
+
+@settings(max_examples=12, phases=(Phase.explicit, Phase.generate))
+@given(
+    st.integers(1, 2), st.integers(1, 3), st.integers(4, 40), st.data(), st.sampled_from((-1.0, 0.2, float("inf"))),
+    st.booleans(), st.sampled_from((1, 4, 20)),
+)  # fmt: skip
+def test_the_kernel_plans_what_the_oracle_plans(
+    b: int, hkv: int, n: int, data: st.DataObject, bound: float, resident_too: bool, n_ahead: int
+) -> None:
+    """Several steps in a row, so that every table has a history; bit for bit."""
+    n_open = open_blocks(n_ahead, SIZE)
+    w = data.draw(st.integers(0, n))
+    p = data.draw(st.integers(min(w + n_open, n), n))
+    seed = data.draw(st.integers(0, 2**16))
+    _, pool, generator = make(b, hkv, n, p, 4, torch.float32, seed)
+    _, oracle, _ = make(b, hkv, n, p, 4, torch.float32, seed)
+    lens = torch.randint(1, n * SIZE // 2, (b,), generator=generator)
+    for _ in range(4):
+        start, lens = lens, (lens + torch.randint(0, n_ahead + 1, (b,), generator=generator)).clamp_max(n * SIZE)
+        last = (lens - 1) // SIZE
+        ids = draw_ids(b, hkv, n, w, last, generator)
+        scores = torch.randn(b, hkv, 3, n, generator=generator).masked_fill(
+            torch.rand(b, hkv, 3, n, generator=generator) < 0.2, -torch.inf
+        )
+        given_scores = data.draw(st.sampled_from((scores, None)))
+        on_device = [None if x is None else x.to(DEVICE) for x in (ids, given_scores, start, lens)]
+        kept, counts = ops.plan(pool, *on_device, n_ahead=n_ahead, waits_above=bound, resident_too=resident_too)  # type: ignore[arg-type]
+        plan_step(oracle, *on_device, n_ahead=n_ahead, waits_above=bound)  # type: ignore[arg-type]
+        got, want = state(pool), state(oracle)
+        torch.testing.assert_close(got.pop("missing_mass"), want.pop("missing_mass"), rtol=1e-5, atol=1e-6)
+        for name in want:
+            assert torch.equal(got[name], want[name]), name
+        pool.check_integrity()
+        expected, n_kept = attended_blocks(
+            oracle, on_device[0][:, :, None], (lens - 1).to(DEVICE)[:, None], resident_too=resident_too
+        )
+        assert torch.equal(counts, n_kept[:, :, 0])
+        assert torch.equal(kept, expected[:, :, 0])
+
+
+@settings(max_examples=10, phases=(Phase.explicit, Phase.generate))
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.sampled_from((4, 6, 16, 80)),
+    st.sampled_from((torch.float32, torch.float16)), st.sampled_from((1, 3, 32)), st.integers(0, 2**16),
+)  # fmt: skip
+def test_the_kernel_copies_exactly_what_is_listed(
+    b: int, hkv: int, d: int, dtype: torch.dtype, n_programs: int, seed: int
+) -> None:
+    n, p, n_ahead = 12, 8, 4
+    store, pool, generator = make(b, hkv, n, p, d, dtype, seed)
+    pool.slots.copy_(torch.randn(pool.slots.shape, generator=generator))
+    transfers = ops.KernelTransfers(torch.device(DEVICE), n_programs)
+    lens = torch.randint(1, 100, (b,), generator=generator)
+    start = lens
+    for i in range(4):
+        # The first plan only opens the pool for tokens to come: new tokens' blocks are never on their way
+        ids = torch.full((b, hkv, 0 if i == 0 else 4), n, dtype=torch.int32)
+        if i:
+            start, lens = lens, lens + torch.randint(0, n_ahead + 1, (b,), generator=generator)
+            ids = draw_ids(b, hkv, n, 4, (lens - 1) // SIZE, generator)
+        scores = torch.randn(b, hkv, 1, n, generator=generator)
+        plan_step(
+            pool, ids.to(DEVICE), scores.to(DEVICE), start.to(DEVICE), lens.to(DEVICE), n_ahead=n_ahead, waits_above=0.4
+        )
+        slots, rows = pool.slots.cpu().clone(), store.rows.clone()
+        for at in ((row, head) for row in range(b) for head in range(hkv)):
+            for position in range(int(start[at[0]]), int(lens[at[0]])):
+                block, token = divmod(position, SIZE)
+                rows[at][block, token] = slots[at][int(pool.slot_of_block[at][block]), token]
+            for k in range(int(pool.fetch_count[at])):
+                slots[at][int(pool.fetch_slot[at][k])] = rows[at][int(pool.fetch_block[at][k])]
+        transfers.start(store, pool, n_ahead, may_wait=True)
+        transfers.join()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        assert torch.equal(pool.slots.cpu(), slots)
+        assert torch.equal(store.rows, rows)
+
+
+def test_an_engine_by_kernels_does_what_one_by_copies_does() -> None:
+    """A conversation in both: prompt, steps of one and of two tokens, crop, another chunk."""
+    engines: list[LayerOffload] = []
+    for kernels in (True, False):
+        store, pool, _ = make(2, 2, 12, 7, 8, torch.float32)
+        store.rows.zero_()
+        config = OffloadConfig(policy="corrected", missing_mass_bound=0.4)
+        from flex_tls.offload.transfers import CopyTransfers, QueuedTransfers
+
+        transfers = ops.KernelTransfers(torch.device(DEVICE), 4) if kernels else (
+            QueuedTransfers() if DEVICE == "cpu" else CopyTransfers(torch.device(DEVICE))
+        )  # fmt: skip
+        engines.append(LayerOffload(store, pool, config, 2, transfers))
+    generator = torch.Generator().manual_seed(0)
+    lens = [70, 40]
+    new = lambda t: [torch.randn(2, 2, t, 8, generator=generator).to(DEVICE) for _ in range(2)]  # noqa: E731
+    prompt = new(70)
+    for engine in engines:
+        engine.write(*prompt, [0, 0], lens)
+    for i, t in enumerate((1, 1, 2, 1, 2, 1, 1, 2)):
+        if i == 5:
+            lens = [n - 3 for n in lens]
+            chunk = new(20)
+            for engine in engines:
+                engine.cut(lens)
+                engine.write(*chunk, lens, [20, 20])
+            lens = [n + 20 for n in lens]
+        start, tokens = torch.tensor(lens, device=DEVICE), new(t)
+        lens = [n + t for n in lens]
+        ids = torch.stack([draw_ids(2, 2, 12, 2, (torch.tensor(lens) - 1) // SIZE, generator) for _ in range(t)], 2)
+        scores = torch.randn(2, 2, 1, 12, generator=generator).to(DEVICE)
+        results = []
+        for engine in engines:
+            engine.join()
+            if not engine.is_open:
+                engine.open(start)
+            engine.append(*tokens, start)
+            now = torch.tensor(lens, device=DEVICE)
+            positions = now[:, None] - t + torch.arange(t, device=DEVICE)
+            results.append(engine.step(ids.to(DEVICE), scores, start, now, positions, n_written=t))
+            engine.synchronize()
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+        first, second = (state(engine.pool) for engine in engines)
+        torch.testing.assert_close(first.pop("missing_mass"), second.pop("missing_mass"))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert torch.equal(engines[0].pool.slots, engines[1].pool.slots)
+        assert torch.equal(engines[0].store.rows, engines[1].store.rows)
+
+
+def test_the_ops_are_registered_as_pytorch_wants_them() -> None:
+    store, pool, generator = make(1, 2, 8, 6, 8, torch.float32)
+    lens = torch.tensor([60], device=DEVICE)
+    ids = draw_ids(1, 2, 8, 3, torch.tensor([3]), generator).to(DEVICE)
+    tables = [getattr(pool, name) for name in ops._TABLES]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.flex_tls.plan_residency.default, (ids, None, lens, lens, *tables, 1, SIZE, -1.0, False),
+        test_utils=checks,
+    )  # fmt: skip
+    lists = [getattr(pool, name) for name in ops._LISTS]
+    torch.library.opcheck(
+        torch.ops.flex_tls.transfer_blocks.default, (store.rows, pool.slots, *lists, 1, 2, True), test_utils=checks
+    )
+    torch.library.opcheck(torch.ops.flex_tls.join_transfers.default, (pool.slots,), test_utils=checks)

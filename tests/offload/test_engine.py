@@ -1,0 +1,197 @@
+"""An engine against Python dictionaries, under everything that a cache does to it, transfers at any moment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flex_tls.offload import OffloadConfig
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+
+from tests.offload.machine import SIZE, Model, listed, make_engine, table
+
+B, HKV, N, D, AHEAD = 2, 2, 12, 4, 2
+CAPACITY = N * SIZE
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Append, select, fetch, evict, crop, reorder, later turns; a transfer may run at any moment before its join."""
+
+    @initialize(
+        policy=st.sampled_from(("async", "exact", "corrected")), resident=st.booleans(), n_slots=st.integers(5, N)
+    )
+    def begin(self, policy: str, resident: bool, n_slots: int) -> None:
+        config = OffloadConfig(policy=policy, attend_resident=resident and policy != "exact", missing_mass_bound=0.3)  # type: ignore[arg-type]
+        self.engine, self.transfers = make_engine(config, b=B, hkv=HKV, n_blocks=N, n_slots=n_slots, d=D, n_ahead=AHEAD)
+        self.pool, self.config, self.n_slots = self.engine.pool, config, n_slots
+        self.keys, self.values = (torch.zeros(B, HKV, CAPACITY, D) for _ in range(2))
+        self.lens = [0] * B
+        self.models = {(b, h): Model(n_slots) for b in range(B) for h in range(HKV)}
+        self.selected = self.missing = self.fetched = 0
+        self.generator = torch.Generator().manual_seed(0)
+
+    def new(self, t: int) -> tuple[Tensor, Tensor]:
+        k, v = (torch.randn(B, HKV, t, D, generator=self.generator) for _ in range(2))
+        for b, n in enumerate(self.lens):
+            self.keys[b, :, n : n + t], self.values[b, :, n : n + t] = k[b, :, : CAPACITY - n], v[b, :, : CAPACITY - n]
+        return k, v
+
+    @rule(t=st.integers(1, 60))
+    def read_a_chunk(self, t: int) -> None:
+        t = min(t, CAPACITY - max(self.lens))
+        if t:
+            self.engine.write(*self.new(t), self.lens, [t] * B)
+            for (b, _), model in self.models.items():
+                model.drop_from(self.lens[b] // SIZE)
+            self.lens = [n + t for n in self.lens]
+
+    @precondition(lambda self: self.lens != [0] * B and max(self.lens) + AHEAD <= CAPACITY)
+    @rule(data=st.data(), t=st.integers(1, AHEAD), wait=st.booleans(), early=st.integers(0, 5))
+    def decode(self, data: st.DataObject, t: int, wait: bool, early: int) -> None:
+        engine, pool = self.engine, self.pool
+        if not engine.is_open:
+            engine.open(torch.tensor(self.lens))
+            for (b, _), model in self.models.items():
+                self.fetched -= len(model.block_of_slot)
+                _, evicted = model.plan([], self.opened(self.lens[b], 0))
+                self.fetched += len(model.block_of_slot) + len(evicted)
+        self.transfers.run(early)
+        start = torch.tensor(self.lens)
+        engine.join()
+        engine.append(*self.new(t), start)
+        self.lens = [n + t for n in self.lens]
+        room = self.engine.selected_at_most
+        width = max(1, room // t)
+        ids = torch.full((B, HKV, t, width), N, dtype=torch.int32)
+        for (b, h), model in self.models.items():
+            held = [x for x in model.block_of_slot.values() if x * SIZE < self.lens[b]]
+            for i in range(t):
+                last = (self.lens[b] - t + i) // SIZE
+                # Often what is there already, as real text does
+                block = st.integers(0, last) | st.sampled_from([0, *[x for x in held if x <= last]])
+                chosen = sorted(data.draw(st.sets(block, max_size=min(width, room // t))))
+                ids[b, h, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+        scores = torch.randn(B, HKV, 3, N, generator=self.generator)
+        lens = torch.tensor(self.lens)
+        positions = lens[:, None] - t + torch.arange(t)
+        kept, counts = engine.step(ids, scores, start, lens, positions, n_written=t, wait=wait)
+        self.check_step(ids, scores, kept, counts, positions, t, wait)
+        # The transfers may take any time, and leave anything in the slots until they are done
+        for b in range(B):
+            for h in range(HKV):
+                if not pool.waits[b, h]:
+                    pool.slots[b, h, pool.fetch_slot[b, h, : int(pool.fetch_count[b, h])].long()] = torch.nan
+        self.check_contents(kept)
+
+    def opened(self, n: int, t: int) -> list[int]:
+        return [x for x in range((n - t) // SIZE, (n + AHEAD - 1) // SIZE + 1) if x < N]
+
+    def check_step(
+        self, ids: Tensor, scores: Tensor, kept: Tensor, counts: Tensor, positions: Tensor, t: int, wait: bool
+    ) -> None:
+        for (b, h), model in self.models.items():
+            each = [listed(ids[b, h, i], N) for i in range(t)]
+            union = sorted({x for one in each for x in one})
+            before, evicted = model.plan(union, self.opened(self.lens[b], t))
+            assert not set(evicted) & set(union), "a selected block was a victim"
+            absent = [x for x in union if x not in before]
+            weight = scores[b, h][:, union].softmax(-1) if union else torch.zeros(3, 0)
+            lost = float(weight[:, [union.index(x) for x in absent]].sum(-1).mean())
+            bound = {"exact": -1.0, "async": 2.0, "corrected": 0.3}["exact" if wait else self.config.policy]
+            waits = lost > bound
+            assert bool(self.pool.waits[b, h]) == waits
+            for i in range(t):
+                want = [x for x in each[i] if waits or x in before]
+                if self.config.attends_resident and not wait:
+                    here = set(model.block_of_slot.values()) & (set(before) | (set(union) if waits else set()))
+                    if waits:
+                        # What the row waited for includes the blocks of tokens to come
+                        here = set(model.block_of_slot.values())
+                    want = sorted(x for x in here - set(evicted) if x <= int(positions[b, i]) // SIZE)
+                assert listed(kept[b, h, i], N) == want
+                assert int(counts[b, h, i]) == len(want)
+            self.selected += len(union)
+            self.missing += len(absent)
+            self.fetched += int(self.pool.fetch_count[b, h])
+
+    def check_contents(self, kept: Tensor) -> None:
+        """What a step attends to is what was written."""
+        for b, h in self.models:
+            for block in {x for one in kept[b, h] for x in listed(one, N)}:
+                n = min(SIZE, self.lens[b] - block * SIZE)
+                slot = self.pool.slots[b, h, int(self.pool.slot_of_block[b, h, block])]
+                tokens = slice(block * SIZE, block * SIZE + n)
+                assert torch.equal(slot[:n, 0], self.keys[b, h, tokens])
+                assert torch.equal(slot[:n, 1], self.values[b, h, tokens])
+
+    @rule(n=st.integers(1, 4))
+    def some_transfers_run(self, n: int) -> None:
+        self.transfers.run(n)
+
+    @rule(less=st.lists(st.integers(0, 40), min_size=B, max_size=B))
+    def crop(self, less: list[int]) -> None:
+        self.lens = [max(0, n - x) for n, x in zip(self.lens, less, strict=True)]
+        self.engine.cut(self.lens)
+        for (b, _), model in self.models.items():
+            model.drop_from(-(-self.lens[b] // SIZE))
+
+    @rule(rows=st.lists(st.integers(0, B - 1), min_size=B, max_size=B))
+    def reorder(self, rows: list[int]) -> None:
+        self.engine.take_rows(torch.tensor(rows), max(self.lens))
+        self.keys, self.values, self.lens = self.keys[rows], self.values[rows], [self.lens[i] for i in rows]
+        old = self.models
+        self.models = {
+            (b, h): Model(self.n_slots, dict(m.block_of_slot), dict(m.last_used), m.clock)
+            for b in range(B) for h in range(HKV) for m in [old[rows[b], h]]
+        }  # fmt: skip
+        counts = self.pool.counters.sum((0, 1)).tolist()
+        self.selected, self.missing, self.fetched = counts[1:4]
+
+    @rule()
+    def start_again(self) -> None:
+        self.engine.reset()
+        self.lens = [0] * B
+        self.models = {place: Model(self.n_slots) for place in self.models}
+        self.selected = self.missing = self.fetched = 0
+
+    @invariant()
+    def blocks_and_slots_are_a_bijection(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check_integrity()
+            for (b, h), model in self.models.items():
+                assert table(self.pool, b, h) == model.block_of_slot
+
+    @invariant()
+    def counters_add_up(self) -> None:
+        if hasattr(self, "engine"):
+            counts = self.pool.counters.sum((0, 1)).tolist()
+            assert counts[1:4] == [self.selected, self.missing, self.fetched]
+
+    def teardown(self) -> None:
+        """After the last join the store holds every token."""
+        if hasattr(self, "engine"):
+            self.engine.join()
+            for b, n in enumerate(self.lens):
+                assert torch.equal(self.engine.store.keys[b, :, :n], self.keys[b, :, :n])
+                assert torch.equal(self.engine.store.values[b, :, :n], self.values[b, :, :n])
+
+
+TestEngine = EngineMachine.TestCase
+
+
+def test_the_pool_must_hold_what_a_step_selects_and_writes() -> None:
+    engine, _ = make_engine(OffloadConfig(), n_slots=5)
+    lens = torch.tensor([100, 100])
+    engine.write(torch.zeros(2, 2, 100, 4), torch.zeros(2, 2, 100, 4), [0, 0], [100, 100])
+    engine.open(lens)
+    ids = torch.zeros(2, 2, 1, 5, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"expected at most 3 selected blocks a step \(a pool of 5 slots, 2 of them"):
+        engine.step(ids, None, lens - 1, lens, lens[:, None] - 1, n_written=1)
+
+
+def test_tokens_are_appended_to_an_open_engine_only() -> None:
+    engine, _ = make_engine(OffloadConfig())
+    token = torch.zeros(2, 2, 1, 4)
+    with pytest.raises(RuntimeError, match="expected an open engine and at most 2 tokens, got 1"):
+        engine.append(token, token, torch.tensor([0, 0]))
