@@ -17,7 +17,7 @@ from .config import TLSConfig
 from .fused import why_not_here
 from .memory import free_bytes, longest_that_fits
 from .model_config import ModelShape, read_model_config
-from .offload import LayerStats, OffloadConfig
+from .offload import LayerStats, OffloadConfig, ops
 from .offloaded_layer import OffloadedLayer, allocate_offloaded, choose_offloaded, size_pools
 from .paged import paged_backend
 from .progress import Progress
@@ -208,10 +208,30 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         """Those whose keys and values are in host memory."""
         return [layer for layer in self.tls_layers if isinstance(layer, OffloadedLayer)]
 
-    def prepare(self) -> None:
-        """Bring into the pools what decoding begins with; before compiled steps, eager ones do it by themselves."""
+    def prepare(self) -> bool:
+        """Bring into the pools what decoding begins with; before compiled steps, eager ones do it by themselves.
+
+        False if a pool is cold: an eager step must come first, which waits for all that it selects.
+        """
         for layer in self.offloaded_layers:
             layer.prepare()
+        return all(layer.opened().is_warm for layer in self.offloaded_layers)
+
+    def join(self) -> None:
+        """What follows comes after every transfer between host and device so far; outside of compiled steps."""
+        for layer in self.offloaded_layers:
+            layer.opened().join()
+
+    def join_in_step(self) -> None:
+        """The same at the end of a compiled step."""
+        if self.offloaded_layers:
+            ops.join(self.offloaded_layers[-1].opened().pool)
+
+    @property
+    def counters(self) -> list[Tensor]:
+        """What :meth:`stats` reads, on the device."""
+        pools = [layer.opened().pool for layer in self.offloaded_layers]
+        return [counter for pool in pools for counter in (pool.counters, pool.missing_mass)]
 
     def stats(self) -> dict[int, LayerStats]:
         """What the offload engine of each offloaded layer did since the cache was made or reset. Synchronises."""

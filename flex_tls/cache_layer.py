@@ -20,6 +20,7 @@ from .mods import MaskMod
 from .progress import Progress, Step
 from .ragged import align_left, align_right
 from .record import Recorder
+from .static import decode_layer
 
 # A label projection fitted on this many tokens is not fitted again; before, every time the context has quadrupled
 FIT_ENOUGH_TOKENS = 4096
@@ -147,6 +148,16 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         if self.layer_idx == self.shared.shape.n_layers - 1:
             progress.commit()
         return out
+
+    def decode(
+        self, q: Tensor, k_new: Tensor, v_new: Tensor, start: Tensor, *, scale: float, sparse: bool, arrivals: Tensor
+    ) -> Tensor:
+        """Write and attend in a compiled step; see :func:`flex_tls.static.decode_layer`."""
+        keys, values = self.buffers()
+        return decode_layer(
+            q, k_new, v_new, keys, values, self.index, start, self.shared.cfg, scale=scale, sparse=sparse,
+            arrivals=arrivals,
+        )  # fmt: skip
 
     def why_dense(self, n_new: int, longest: int) -> str | None:
         """Why ``n_new`` tokens that make the longest row ``longest`` attend densely; None if they select."""

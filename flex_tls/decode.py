@@ -24,7 +24,6 @@ from .lookup import lookup_steps
 from .notice import clock
 from .prefill import read_prompt
 from .sampling import Sampling
-from .static import decode_layer
 from .stopping import Stops
 
 # Steps that may be under way before the host looks at the oldest one's tokens
@@ -66,8 +65,7 @@ def generate(
         pad_token_id: fills rows that ended; the model's, or its first stop token, by default.
         seed: of the sampling; torch's own generator by default.
         streamer: with ``put(int64 [B])`` per step and ``end()``, as transformers' streamers; a few steps behind.
-        compiled: one compiled step, on CUDA one graph; by default on CUDA without offload. False runs the model's own
-            forward.
+        compiled: one compiled step, on CUDA one graph; by default on CUDA. False runs the model's own forward.
         prompt_lookup_tokens: speculate: draft up to this many tokens from earlier in the text and check them in one
             forward, for one row. The output is the same. Not compiled.
         inductor_options: ``options`` of ``torch.compile`` for the step, as ``{"coordinate_descent_tuning": True}``; a
@@ -93,7 +91,7 @@ def generate(
             f"max_len={cache.max_len}; make it longer or ask for fewer tokens"
         )
     drafted = prompt_lookup_tokens
-    by_default = input_ids.is_cuda and not drafted and cache.offload_config is None
+    by_default = input_ids.is_cuda and not drafted
     compiled = by_default if compiled is None else compiled
     if compiled and (why := "prompt lookup is not compiled" if drafted else why_not_compiled(cache, input_ids.device)):
         raise ValueError(f"compiled: {why}; pass compiled=False")
@@ -153,10 +151,7 @@ class _Step:
 
     def attend(self, layer: TLSLayer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Write and attend: [B, HQ, 1, D]."""
-        return decode_layer(
-            q, k, v, *layer.buffers(), layer.index, self.start, layer.shared.cfg,
-            scale=scale, sparse=self.sparse, arrivals=self.arrivals,
-        )  # fmt: skip
+        return layer.decode(q, k, v, self.start, scale=scale, sparse=self.sparse, arrivals=self.arrivals)
 
 
 class Loop:
@@ -205,6 +200,11 @@ class Loop:
     def compiled_steps(self, n: int) -> Generator[Tensor, None, None]:
         """As :meth:`eager_steps`, compiled; on CUDA the host is up to LAG steps behind the device."""
         cache, cfg = self.cache, self.cache.cfg
+        if n and not cache.prepare():
+            # The next step waits for all that it selects
+            yield from self.eager_steps(1)
+            n -= 1
+        cache.join()
         self.start.copy_(torch.tensor(cache.seq_lens))
         done = counted = 0
         waiting: list[tuple[Tensor, Any]] = []
@@ -253,7 +253,7 @@ class Loop:
 
         if not self.token.is_cuda:
             return run
-        state = [self.token, self.start, self.ended, self.report, self.seen, self.stops.tail]
+        state = [self.token, self.start, self.ended, self.report, self.seen, self.stops.tail, *self.cache.counters]
         return captured(run, [x for x in state if x is not None], self.generator)
 
 
@@ -265,8 +265,8 @@ class DecodeStep:
 
     def __init__(self, model: Any, cache: TLSCache, sparse: bool, options: Mapping[str, Any] | None = None) -> None:
         layers = cache.tls_layers
-        keys = layers[0].buffers()[0]
-        arrivals = torch.zeros(keys.shape[0] * keys.shape[1], dtype=torch.int32, device=keys.device)
+        rows = cache.batch_size * cache.shape.n_kv_heads
+        arrivals = torch.zeros(rows, dtype=torch.int32, device=cache.device)
 
         def forward(token: Tensor, start: Tensor) -> Tensor:
             step = _Step(layers, start, arrivals, sparse)
@@ -274,6 +274,7 @@ class DecodeStep:
                 token, position_ids=start[:, None], past_key_values=step, use_cache=True, logits_to_keep=1,
                 **{STEP: step},
             )  # fmt: skip
+            cache.join_in_step()
             logits: Tensor = out.logits[:, -1]
             return logits
 
@@ -303,8 +304,8 @@ def why_not_compiled(cache: TLSCache, device: torch.device) -> str | None:
     """What keeps a cache from the compiled step on ``device``; None if nothing does."""
     if cache.cfg.index != "lowrank":
         return f"the compiled step scores token labels, index='lowrank', got index={cache.cfg.index!r}"
-    if cache.offload_config is not None:
-        return "the compiled step does not read a pool of block slots yet, which the cache's offload needs"
+    if cache.offload_config is not None and cache.offload_config.transfer != "kernel":
+        return f"the compiled step moves blocks by a kernel, transfer='kernel', got {cache.offload_config.transfer!r}"
     if any(layer.window is not None for layer in cache.tls_layers):
         return "the compiled step has no sliding windows, which this model's layers have"
     return why_not_here(device)

@@ -20,6 +20,8 @@ from .paged import WHY_NOT_PAGED
 
 # Files of flex_tls.kernels
 APPEND, FUSED, ATTEND_ALL = "append", "two_level", "attend"
+# Between the two levels of a layer that is offloaded: slots for blocks, and the blocks
+OFFLOAD = ("plan_residency", "fetch_blocks")
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,13 @@ def _plan(layer: TLSLayer, cache: TLSCache, context: int, device: torch.device, 
         else:
             if runs != "triton" and obstacle is not None and cache.backend == "auto":
                 why += f"; not triton: {obstacle}"
-    kernels = () if not compiled else (APPEND, FUSED) if sparse else (APPEND, ATTEND_ALL)
-    return LayerPlan((layer.layer_idx,), sparse, why, cfg.dense_up_to_tokens if sparse else reach, runs, kernels)
+    kernels: tuple[str, ...] = (APPEND, FUSED) if sparse else (APPEND, ATTEND_ALL)
+    if isinstance(layer, OffloadedLayer):
+        # A context that the budgets hold is selected whole
+        kernels = (APPEND, FUSED, *OFFLOAD, FUSED)
+    return LayerPlan(
+        (layer.layer_idx,), sparse, why, cfg.dense_up_to_tokens if sparse else reach, runs, kernels if compiled else ()
+    )
 
 
 def _dtype(dtype: torch.dtype) -> str:

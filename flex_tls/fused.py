@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,18 +62,78 @@ def attend_fused(
 
     ``seq_lens`` int64 [B] in place of the index's own, for a step that counts for all layers at once.
     """
-    labels = index.labels
-    assert labels.bits is not None
-    n_dims = labels.to_query.shape[-1]
     seq_lens = index.seq_lens if seq_lens is None else seq_lens
     parts: Parts = fused_attention(
-        q, k, v, seq_lens, labels.codes, labels.to_query, labels.low, labels.step, index.arrivals,
-        bits=labels.bits, block_size=cfg.block_size, kept_blocks=cfg.kept_blocks, token_budget=cfg.token_budget,
-        sinks=cfg.sink_tokens, recent=cfg.recent_tokens, scale=scale,
-        filter_dims=min(cfg.filter_dims or n_dims, n_dims),
-        block_reduce=cfg.block_reduce, group_reduce=cfg.group_reduce,
-    )  # fmt: skip
+        q, k, v, seq_lens, *_labels(index), token_budget=cfg.token_budget, **_options(index, cfg, scale)
+    )
     return parts
+
+
+class Chosen(NamedTuple):
+    """What :func:`choose_blocks` leaves for :func:`attend_chosen`: R = B * HKV * T rows.
+
+    Attributes:
+        asked, base, unit, norms: the query in label space and level 1's softmax; see ``kernels/two_level.py``.
+        scores: float32 [R, G, N'], label scores of blocks; past the query's own block anything.
+        blocks, counts: int32 [R, K], ascending, N past the count; int32 [R].
+    """
+
+    asked: Tensor
+    base: Tensor
+    unit: Tensor
+    scores: Tensor
+    norms: Tensor
+    blocks: Tensor
+    counts: Tensor
+
+
+def choose_blocks(q: Tensor, index: KVIndex, cfg: TLSConfig, scale: float, seq_lens: Tensor) -> Chosen:
+    """Level 1 alone, for q [B, HQ, T, D] and rows of ``seq_lens`` int64 [B]."""
+    return Chosen(*choose(q, seq_lens, *_labels(index), **_options(index, cfg, scale)))
+
+
+def attend_chosen(
+    q: Tensor, slots: Tensor, slot_of_block: Tensor, chosen: Chosen, index: KVIndex, cfg: TLSConfig, scale: float,
+    seq_lens: Tensor,
+) -> Tensor:  # fmt: skip
+    """Level 2 and attention inside ``chosen.blocks``, each of which is in the pool; [B, HQ, T, D].
+
+    slots [B, HKV, P, BLOCK, 2, D], keys and values; slot_of_block int32 [B, HKV, N].
+    """
+    out: Tensor = attend_slots(
+        q, slots, slot_of_block, seq_lens, *_labels(index), *chosen, token_budget=cfg.token_budget,
+        **_options(index, cfg, scale),
+    )  # fmt: skip
+    return out
+
+
+def _labels(index: KVIndex) -> tuple[Tensor, ...]:
+    labels = index.labels
+    return labels.codes, labels.to_query, labels.low, labels.step, index.arrivals
+
+
+def _options(index: KVIndex, cfg: TLSConfig, scale: float) -> dict[str, Any]:
+    """What all ops take of labels and configuration."""
+    n_dims = index.labels.to_query.shape[-1]
+    return {
+        "bits": index.labels.bits, "block_size": cfg.block_size, "kept_blocks": cfg.kept_blocks,
+        "sinks": cfg.sink_tokens, "recent": cfg.recent_tokens, "scale": scale,
+        "filter_dims": min(cfg.filter_dims or n_dims, n_dims), "block_reduce": cfg.block_reduce,
+        "group_reduce": cfg.group_reduce,
+    }  # fmt: skip
+
+
+def _launch(q: Tensor, k: Tensor | None, v: Tensor | None, seq_lens: Tensor, *labels: Tensor, **options: Any) -> Any:
+    """The kernel with its settings, on the tensors' device."""
+    from .kernels.tiles import tiles_for
+    from .kernels.two_level import launch_two_level
+
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    rows = q.shape[0] * labels[0].shape[1] * q.shape[2]
+    tiles = tiles_for(q.device, head_bytes=q.shape[3] * q.element_size(), rows=rows)
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call,unused-ignore]
+        return launch_two_level(q, k, v, seq_lens, *labels, tiles=tiles, **options)
 
 
 @torch.library.custom_op("flex_tls::fused_attention", mutates_args=())
@@ -82,18 +143,11 @@ def fused_attention(
     scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Level 1, level 2 and attention. ``arrivals`` int32 [3, R] is all zeros before and after."""
-    from .kernels.tiles import tiles_for
-    from .kernels.two_level import launch_two_level
-
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    tiles = tiles_for(q.device, head_bytes=q.shape[3] * q.element_size(), rows=q.shape[0] * codes.shape[1] * q.shape[2])
-    # Triton launches on the current device, which need not be the tensors'
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call,unused-ignore]
-        out, lse, work = launch_two_level(
-            q, k, v, seq_lens, codes, to_query, low, step, arrivals, bits=bits, block_size=block_size,
-            kept_blocks=kept_blocks, token_budget=token_budget, sinks=sinks, recent=recent, scale=scale,
-            filter_dims=filter_dims, block_reduce=block_reduce, group_reduce=group_reduce, tiles=tiles,
-        )  # fmt: skip
+    out, lse, work = _launch(
+        q, k, v, seq_lens, codes, to_query, low, step, arrivals, bits=bits, block_size=block_size,
+        kept_blocks=kept_blocks, token_budget=token_budget, sinks=sinks, recent=recent, scale=scale,
+        filter_dims=filter_dims, block_reduce=block_reduce, group_reduce=group_reduce,
+    )  # fmt: skip
     return out, lse, work.blocks, work.block_counts, work.ids, work.counts
 
 
@@ -112,6 +166,69 @@ def _(
         arrivals.new_empty(rows, kept), counts, arrivals.new_empty(rows, 0 if by_block else token_budget or 0),
         torch.empty_like(counts),
     )  # fmt: skip
+
+
+@torch.library.custom_op("flex_tls::choose_blocks", mutates_args=())
+def choose(
+    q: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor, arrivals: Tensor,
+    bits: int, block_size: int, kept_blocks: int, sinks: int, recent: int, scale: float, filter_dims: int,
+    block_reduce: str, group_reduce: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Level 1: the fields of :class:`Chosen`."""
+    _, _, work = _launch(
+        q, None, None, seq_lens, codes, to_query, low, step, arrivals, bits=bits, block_size=block_size,
+        kept_blocks=kept_blocks, token_budget=None, sinks=sinks, recent=recent, scale=scale, filter_dims=filter_dims,
+        block_reduce=block_reduce, group_reduce=group_reduce,
+    )  # fmt: skip
+    return work.asked, work.base, work.unit, work.scores, work.norms, work.blocks, work.block_counts
+
+
+@choose.register_fake
+def _(
+    q: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor, arrivals: Tensor,
+    bits: int, block_size: int, kept_blocks: int, sinks: int, recent: int, scale: float, filter_dims: int,
+    block_reduce: str, group_reduce: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from .kernels.tiles import tiles_for
+
+    rows, group, n = (
+        q.shape[0] * codes.shape[1] * q.shape[2],
+        q.shape[1] // codes.shape[1],
+        codes.shape[3] // block_size,
+    )
+    chunk, chunks = tiles_for(q.device, head_bytes=q.shape[3] * q.element_size(), rows=rows).chunk(n)
+    floats = low.new_empty
+    return (
+        codes.new_empty(rows, group, 8 // bits, codes.shape[2]), floats(rows, group, 2), floats(rows, group),
+        floats(rows, group, chunk * chunks), floats(rows, group, 2), codes.new_empty(rows, min(kept_blocks, n)),
+        codes.new_empty(rows),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("flex_tls::attend_chosen", mutates_args=())
+def attend_slots(
+    q: Tensor, slots: Tensor, slot_of_block: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor,
+    step: Tensor, arrivals: Tensor, asked: Tensor, base: Tensor, unit: Tensor, scores: Tensor, norms: Tensor,
+    blocks: Tensor, counts: Tensor, bits: int, block_size: int, kept_blocks: int, token_budget: int | None, sinks: int,
+    recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
+) -> Tensor:  # fmt: skip
+    """Level 2 and attention over a pool; see :func:`attend_chosen`."""
+    from .kernels.two_level import Work
+
+    # Blocks' keys and what comes later are not read
+    given = Work(asked, base, unit, scores, norms, blocks, blocks, counts, blocks, blocks, counts)
+    out: Tensor = _launch(
+        q, slots[..., 0, :], slots[..., 1, :], seq_lens, codes, to_query, low, step, arrivals, bits=bits,
+        block_size=block_size, kept_blocks=kept_blocks, token_budget=token_budget, sinks=sinks, recent=recent,
+        scale=scale, filter_dims=filter_dims, block_reduce=block_reduce, group_reduce=group_reduce, given=given,
+        pages=slot_of_block,
+    )[0]  # fmt: skip
+    return out
+
+
+@attend_slots.register_fake
+def _(q: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 def selections(parts: Parts, q: Tensor, index: KVIndex, cfg: TLSConfig) -> tuple[BlockSelection, TokenSelection]:

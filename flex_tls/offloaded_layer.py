@@ -28,6 +28,7 @@ from .paged import Scored, attend_pages, earlier, paged_backend, score
 from .pages import Pages
 from .progress import Step
 from .ragged import align_left, align_right
+from .static import decode_offloaded
 from .streamed import streamed_attention
 
 # The last queries of a prompt choose what is on the device when decoding begins: the union of sixteen selections is
@@ -107,6 +108,13 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
             return super().attend(q, scale)
         finally:
             self._new = None
+
+    def decode(
+        self, q: Tensor, k_new: Tensor, v_new: Tensor, start: Tensor, *, scale: float, sparse: bool, arrivals: Tensor
+    ) -> Tensor:
+        """As :meth:`TLSLayer.decode`; a context that the budgets hold is selected whole."""
+        assert self.index is not None
+        return decode_offloaded(q, k_new, v_new, self.opened(), self.index, start, self.shared.cfg, scale=scale)
 
     @property
     def last_queries(self) -> Tensor | None:

@@ -31,7 +31,7 @@ from .selection import (
     tokens_from_scores,
 )
 
-WHY_NOT_PAGED = "its kernels do not read a pool of block slots yet"
+WHY_NOT_PAGED = "outside of tls.generate's compiled step its kernels read no pool of block slots"
 PagedBackend = Literal["reference", "flex"]
 
 

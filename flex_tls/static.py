@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .config import TLSConfig
-from .fused import attend_fused
+from .fused import attend_chosen, attend_fused, choose_blocks
 from .index import KVIndex
+from .offload import LayerOffload, ops
 
 
 def decode_layer(
@@ -31,6 +32,50 @@ def decode_layer(
         out: Tensor = attend_all(q, keys, values, seq_lens, arrivals, scale)
         return out
     return attend_fused(q, keys, values, index, cfg, scale, seq_lens)[0]
+
+
+def decode_offloaded(
+    q: Tensor, k_new: Tensor, v_new: Tensor, engine: LayerOffload, index: KVIndex, start: Tensor, cfg: TLSConfig, *,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """As :func:`decode_layer` for one token, its keys and values in host memory and the engine's pool.
+
+    Earlier transfers must have been joined, and this step's be joined before the next one. What the step attends to is
+    up to the engine's policy; a context that the budgets hold is selected whole.
+    """
+    labels, pool, config = index.labels, engine.pool, engine.config
+    assert labels.bits is not None
+    append_to_pool(
+        k_new, v_new, start, pool.slots, pool.slot_of_block, labels.codes, labels.to_code, labels.offset, labels.bits
+    )
+    seq_lens = start + 1
+    chosen = choose_blocks(q, index, cfg, scale, seq_lens)
+    heads = (q.shape[0], pool.slots.shape[1])
+    attended, counts = ops.plan(
+        pool, chosen.blocks.view(*heads, -1), chosen.scores.view(*heads, *chosen.scores.shape[1:]), start, seq_lens,
+        n_ahead=engine.n_ahead, waits_above=config.waits_above, resident_too=config.attends_resident,
+    )  # fmt: skip
+    ops.transfer(
+        engine.store, pool, n_written=1, n_programs=config.transfer_programs, may_wait=config.waits_above < float("inf")
+    )
+    inside = chosen._replace(blocks=attended.flatten(0, 1), counts=counts.flatten())
+    return attend_chosen(q, pool.slots, pool.slot_of_block, inside, index, cfg, scale, seq_lens)
+
+
+@torch.library.custom_op("flex_tls::append_to_pool", mutates_args=("slots", "codes"))
+def append_to_pool(
+    k_new: Tensor, v_new: Tensor, start: Tensor, slots: Tensor, slot_of_block: Tensor, codes: Tensor, to_code: Tensor,
+    offset: Tensor, bits: int,
+) -> None:  # fmt: skip
+    """As :func:`append_tokens`, into slots [B, HKV, P, BLOCK, 2, D] of a pool, by its table."""
+    from .kernels.append import launch_append
+
+    k_new, v_new = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_new, v_new))
+    with torch.cuda.device_of(slots):  # type: ignore[no-untyped-call,unused-ignore]
+        launch_append(
+            k_new, v_new, start, slots[..., 0, :], slots[..., 1, :], codes, to_code, offset, bits=bits,
+            pages=slot_of_block,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("flex_tls::append_tokens", mutates_args=("keys", "values", "codes"))

@@ -3,6 +3,7 @@
 Knows rows, KV heads, blocks and slots, never models.
 """
 
+from . import ops
 from .config import OffloadConfig
 from .engine import LayerOffload, LayerStats, make_transfers
 from .memory import check_host_bytes, host_bytes_available
@@ -24,4 +25,5 @@ __all__ = [
     "host_bytes_available",
     "make_transfers",
     "open_blocks",
+    "ops",
 ]

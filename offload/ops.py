@@ -28,6 +28,8 @@ def plan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`.residency.plan_step` and, for one query token, :func:`.residency.attended_blocks`, in one launch.
 
+    ``scores`` may be wider than the pool has blocks; what is not of a selected block is not read.
+
     Returns int32 [B, HKV, A] and its counts [B, HKV].
     """
     check_room(pool, ids, n_ahead)

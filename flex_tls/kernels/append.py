@@ -12,11 +12,12 @@ from .tiles import NATIVE, padded
 
 @triton.jit
 def append(
-    k_new, v_new, start, keys, values, codes, to_code, offset,
+    k_new, v_new, start, keys, values, codes, to_code, offset, pages,
     k_new_stride_b, k_new_stride_h, k_new_stride_t, v_new_stride_b, v_new_stride_h, v_new_stride_t,
-    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, n_heads, T, S,
+    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, page_stride_k, page_stride_v, n_heads, T, S,
+    N,
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
-    LABELS: tl.constexpr, NATIVE: tl.constexpr,
+    LABELS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program ``row`` writes one token of one KV head."""
     precede(NATIVE)
@@ -28,8 +29,16 @@ def append(
     d = tl.arange(0, DP)
     key = tl.load(k_new + b * k_new_stride_b + h * k_new_stride_h + t * k_new_stride_t + d, d < D, other=0.0)
     value = tl.load(v_new + b * v_new_stride_b + h * v_new_stride_h + t * v_new_stride_t + d, d < D, other=0.0)
-    tl.store(keys + b * k_stride_b + h * k_stride_h + slot * k_stride_s + d, key, d < D)
-    tl.store(values + b * v_stride_b + h * v_stride_h + slot * v_stride_s + d, value, d < D)
+    keys += b * k_stride_b + h * k_stride_h
+    values += b * v_stride_b + h * v_stride_h
+    if PAGED:
+        page = tl.load(pages + head * N + slot // BLOCK_SIZE).to(tl.int64)
+        inside = slot % BLOCK_SIZE
+        key_at, value_at = page * page_stride_k + inside * k_stride_s, page * page_stride_v + inside * v_stride_s
+    else:
+        key_at, value_at = slot * k_stride_s, slot * v_stride_s
+    tl.store(keys + key_at + d, key, d < D)
+    tl.store(values + value_at + d, value, d < D)
     if LABELS:
         PER: tl.constexpr = 32 // BITS
         c = tl.arange(0, CHANNELS)
@@ -47,10 +56,11 @@ def append(
 
 def launch_append(
     k_new: Tensor, v_new: Tensor, start: Tensor, keys: Tensor, values: Tensor, codes: Tensor | None,
-    to_code: Tensor | None, offset: Tensor | None, *, bits: int,
+    to_code: Tensor | None, offset: Tensor | None, *, bits: int, pages: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write k_new and v_new [B, HKV, T, D] at slots ``start[b] + t`` of keys and values [B, HKV, S, D].
 
+    With ``pages`` int32 [B, HKV, N] these are [B, HKV, P, block_size, D], and block n is at page ``pages[n]``.
     With ``codes`` int32 [B, HKV, W, S'] also the tokens' labels; see :class:`flex_tls.labels.TokenLabels`.
     """
     b, hkv, t, d = k_new.shape
@@ -58,9 +68,12 @@ def launch_append(
     # Unread pointers where there are no labels
     some = keys if codes is None else codes
     c, w, s = (to_code.shape[-1], some.shape[2], some.shape[3]) if to_code is not None else (1, 1, 1)
+    n, size = (1, 1) if pages is None else (pages.shape[2], keys.shape[3])
     append[(b * hkv * t,)](
         k_new, v_new, start, keys, values, some, start if to_code is None else to_code,
-        start if offset is None else offset, *k_new.stride()[:3], *v_new.stride()[:3], *keys.stride()[:3],
-        *values.stride()[:3], hkv, t, s, D=d, DP=padded(d), C=c, CHANNELS=padded(w) * 32 // bits, W=w, BITS=bits,
-        LABELS=labels, NATIVE=NATIVE, num_warps=4, launch_pdl=NATIVE,
+        start if offset is None else offset, start if pages is None else pages, *k_new.stride()[:3],
+        *v_new.stride()[:3], *keys.stride()[:2], keys.stride(-2), *values.stride()[:2], values.stride(-2),
+        keys.stride(2), values.stride(2), hkv, t, s, n, D=d, DP=padded(d), C=c, CHANNELS=padded(w) * 32 // bits, W=w,
+        BITS=bits, LABELS=labels, BLOCK_SIZE=size, PAGED=pages is not None, NATIVE=NATIVE, num_warps=4,
+        launch_pdl=NATIVE,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from .tiles import padded
 def plan_residency(
     ids, scores, start, seq_lens, slot_of_block, block_of_slot, last_used, arrived, clock, begins, lens,
     fetch_block, fetch_slot, fetch_count, waits, counters, missing_mass, attended, attended_count,
-    n_heads, W, N, P, A, R, n_ahead, waits_above,
+    n_heads, W, N, P, A, R, score_stride, n_ahead, waits_above,
     BLOCK_SIZE: tl.constexpr, WP: tl.constexpr, OPEN: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr,
     AP: tl.constexpr, SCORED: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,7 @@ def plan_residency(
     lost = 0.0
     if SCORED:
         for r in range(R):
-            score = tl.load(scores + (row * R + r) * N + block, selected, other=float("-inf"))
+            score = tl.load(scores + (row * R + r) * score_stride + block, selected, other=float("-inf"))
             top = tl.max(score, 0)
             weight = tl.exp(score - tl.where(top == float("-inf"), 0.0, top))
             lost += tl.sum(tl.where(missing, weight, 0.0), 0) / tl.maximum(tl.sum(weight, 0), 1.1754944e-38)
@@ -143,7 +143,8 @@ def launch_plan_residency(
     plan_residency[(b * hkv,)](
         ids, missing_mass if scores is None else scores, start, seq_lens, slot_of_block, block_of_slot, last_used,
         arrived, clock, begins, lens, fetch_block, fetch_slot, fetch_count, waits, counters, missing_mass, attended,
-        counts, hkv, w, n, p, a, 1 if scores is None else scores.shape[2], n_ahead, waits_above,
+        counts, hkv, w, n, p, a, 1 if scores is None else scores.shape[2],
+        n if scores is None else scores.shape[3], n_ahead, waits_above,
         BLOCK_SIZE=block_size, WP=padded(w + n_open), OPEN=n_open, PP=padded(p), NP=padded(n), AP=padded(a),
         SCORED=scores is not None, RESIDENT=resident_too, num_warps=4 if wide <= 2048 else 8,
     )  # fmt: skip
