@@ -19,6 +19,7 @@ import flex_tls as tls
 from flex_tls.decode import Loop
 from flex_tls.integrations.huggingface import enabled
 
+from .offloaded import offloaded_step
 from .rows import Machine, ModelRow
 from .timing import samples, spread
 
@@ -146,6 +147,8 @@ PROVIDERS = {
     "two_level_autotuned": Provider(lambda bed: _ours(bed, options={"max_autotune": True})),
     "two_level_fused": Provider(_ours, fused=True),
     "two_level_fused_tuned": Provider(lambda bed: _ours(bed, options=TUNED), fused=True),
+    "offload_async": Provider(lambda bed: offloaded_step(bed.model, bed.sparse, tls.OffloadConfig(policy="async"))),
+    "offload_exact": Provider(lambda bed: offloaded_step(bed.model, bed.sparse, tls.OffloadConfig(policy="exact"))),
     "transformers_static": Provider(_transformers_static),
     "transformers_default": Provider(_transformers_default, copies=1),
 }
