@@ -266,7 +266,7 @@ class DecodeStep:
     def __init__(self, model: Any, cache: TLSCache, sparse: bool, options: Mapping[str, Any] | None = None) -> None:
         layers = cache.tls_layers
         rows = cache.batch_size * cache.shape.n_kv_heads
-        arrivals = torch.zeros(rows, dtype=torch.int32, device=cache.device)
+        arrivals = torch.zeros(rows, dtype=torch.int32, device=next(model.parameters()).device)
 
         def forward(token: Tensor, start: Tensor) -> Tensor:
             step = _Step(layers, start, arrivals, sparse)
