@@ -144,6 +144,25 @@ def plot_operator(args: argparse.Namespace) -> int:
     return 0
 
 
+def carry(args: argparse.Namespace) -> int:
+    """Write what a machine without a network needs to measure accuracy."""
+    from .carry import write_carry
+
+    written = write_carry(args.out)
+    for part in sorted({path.relative_to(args.out).parts[0] for path in written}):
+        n_bytes = sum(path.stat().st_size for path in written if path.relative_to(args.out).parts[0] == part)
+        print(f"{args.out / part}: {n_bytes / 2**20:.1f} MiB")
+    return 0
+
+
+def corpus(args: argparse.Namespace) -> int:
+    """Write the texts that accuracy is measured on."""
+    from .corpus import write_corpus
+
+    print(f"{len(write_corpus(args.out))} documents under {args.out}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure, and draw what was measured.")
     commands = parser.add_subparsers(required=True)
@@ -184,6 +203,12 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--rows", type=Path, default=ROWS)
     drawing.add_argument("--out", type=Path, help="first picture, .svg or .png; others beside it")
     drawing.set_defaults(command=plot_operator)
+    texts = commands.add_parser("corpus", help="fetch the texts that accuracy is measured on")
+    texts.add_argument("--out", type=Path, default=rows.ROOT / "out" / "texts")
+    texts.set_defaults(command=corpus)
+    carried = commands.add_parser("carry", help="weights in two halves, wheels and texts, for a machine offline")
+    carried.add_argument("--out", type=Path, default=rows.ROOT / ".carry")
+    carried.set_defaults(command=carry)
     return parser
 
 

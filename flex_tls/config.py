@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 IndexKind = Literal["lowrank", "box", "quest", "mean", "oracle"]
+LabelBasis = Literal["lowrank", "channels"]
 GroupReduce = Literal["softmax_mean", "max", "mean"]
 BlockReduce = Literal["max", "logsumexp"]
 
@@ -27,6 +28,9 @@ class TLSConfig:
             ``"oracle"``: exact keys kept as labels, for tests and upper bounds.
         label_dims: channels of a token label (C), cut to the head dimension; a label takes whole 32-bit words.
         label_bits: bits per label channel; 2, 4 or 8.
+        label_basis: what a label's channels are. ``"lowrank"``: directions fitted to keys and queries (default);
+            ``"channels"``: the key's own channels of the largest products with queries (Double Sparsity,
+            arXiv 2408.07092, with the prompt for calibration).
         filter_dims: leading channels of a label that level 1 reads, whole 32-bit words; all (None) by default. Half of
             them halve the bytes of level 1, which reads every label; level 2 reads whole labels of few tokens.
         block_reduce: how ``"lowrank"`` and ``"oracle"`` turn token scores into a block score.
@@ -45,6 +49,7 @@ class TLSConfig:
     index: IndexKind = "lowrank"
     label_dims: int = 32
     label_bits: int = 4
+    label_basis: LabelBasis = "lowrank"
     filter_dims: int | None = None
     block_reduce: BlockReduce = "max"
     box_radius: float = 0.35
@@ -56,6 +61,7 @@ class TLSConfig:
         self._choice("block_size", (16, 32, 64, 128))
         self._choice("label_bits", (2, 4, 8))
         self._choice("index", get_args(IndexKind))
+        self._choice("label_basis", get_args(LabelBasis))
         self._choice("group_reduce", get_args(GroupReduce))
         self._choice("block_reduce", get_args(BlockReduce))
         self._at_least("sink_tokens", 0)

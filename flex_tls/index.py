@@ -161,7 +161,7 @@ class KVIndex:
             self.labels.forget_queries()
             self.observe(q, lens if q.shape[2] == k.shape[2] else None)
         weight = valid & ((slot >= self.cfg.sink_tokens) | (lens[:, None] <= 4 * self.cfg.sink_tokens))
-        self.labels.fit(k, weight)
+        self.labels.fit(k, weight, self.cfg.label_basis)
         self.fitted_tokens = int(lens.max())
         self.observed_tokens = 0
 

@@ -41,10 +41,13 @@ TokenBudgets = Annotated[str, typer.Option("--token-budget", help="As many, or '
 BlockSize = Annotated[int, typer.Option(help="Tokens per block: 16, 32, 64 or 128.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
-BackendName = Annotated[str, typer.Option("--backend", help="auto, reference, flex or triton.")]
+BackendName = Annotated[
+    str, typer.Option("--backend", help="reference, flex or triton; auto: triton where it can run, else reference.")
+]
 RowsFile = Annotated[
     Path | None, typer.Option("--out", help="Rows file (JSONL), appended to; what it holds is not measured again.")
 ]
+Commit = Annotated[str | None, typer.Option(help="For a checkout without git's history; asked of git by default.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the summary to this file.")]
 
 DEFAULT_METHODS = "ours,window,quest,oracle"
@@ -65,6 +68,9 @@ def ppl(
     token_budget: TokenBudgets = "1/8",
     block_size: BlockSize = 32,
     batch: Annotated[int, typer.Option(min=1, help="Documents decoded side by side.")] = 1,
+    step_tokens: Annotated[
+        int, typer.Option(min=1, max=16, help="Tokens fed to one decode step; the same result, sooner.")
+    ] = 16,
     kept_mass: Annotated[
         bool, typer.Option("--kept-mass", help="Also measure kept attention mass per layer; reads all keys.")
     ] = False,
@@ -72,6 +78,7 @@ def ppl(
     dtype: Dtype = "auto",
     backend: BackendName = "auto",
     out: RowsFile = None,
+    commit: Commit = None,
     json_file: JsonFile = None,
 ) -> None:
     """Perplexity, KL(dense || sparse) and top-1 agreement, token by token through the decode path."""
@@ -79,7 +86,7 @@ def ppl(
     length = context_tokens + score_tokens
     with reported(console):
         chosen = _methods(methods, context_tokens, length, block_budget, token_budget, block_size)
-        model, tokenizer, origin = _load(model_name, device, dtype, backend, console)
+        model, tokenizer, origin = _load(model_name, device, dtype, backend, commit, console)
         _check_positions(model, length)
         texts = read_documents(files or library_files(), tokenizer, length, documents)
         seen = {row.key: row for row in (rows.read(out) if out else []) if isinstance(row, rows.PplRow)}
@@ -89,7 +96,7 @@ def ppl(
 
         def is_missing(digest: str, method: Method) -> bool:
             row = seen.get(key(digest, method))
-            return row is None or (kept_mass and method.cfg is not None and row.kept_mass is None)
+            return row is None or (kept_mass and method.cfg is not None and not method.evicts and row.kept_mass is None)
 
         todo = []
         for start in range(0, len(texts), batch):
@@ -98,18 +105,19 @@ def ppl(
             if missing:
                 todo.append((group, missing))
         passes = sum(1 + sum(m.cfg is not None for m in missing) for _, missing in todo)
-        with _bar(console, passes * score_tokens) as advance:
+        with _bar(console, passes * -(-score_tokens // step_tokens)) as advance:
             for group, missing in todo:
                 ids = torch.tensor([x.token_ids for x in group], device=model.device)
                 found = score_documents(
-                    model, ids, context_tokens, missing, backend=_backend(backend), kept_mass=kept_mass, on_step=advance
-                )
+                    model, ids, context_tokens, missing,
+                    backend=_backend(backend), step_tokens=step_tokens, kept_mass=kept_mass, on_step=advance,
+                )  # fmt: skip
                 for method, scores in found:
                     new = [
                         rows.PplRow(
                             eval="ppl", **asdict(origin), method=method.name, config=method.config,
                             digest=text.digest, document=text.name, context_tokens=context_tokens,
-                            score_tokens=score_tokens, **asdict(score),
+                            score_tokens=score_tokens, step_tokens=step_tokens, **asdict(score),
                         )
                         for text, score in zip(group, scores, strict=True)
                         if is_missing(text.digest, method)
@@ -146,6 +154,7 @@ def retrieval(
     dtype: Dtype = "auto",
     backend: BackendName = "auto",
     out: RowsFile = None,
+    commit: Commit = None,
     json_file: JsonFile = None,
 ) -> None:
     """Needles, tracked variables, counted words and copied passages after RULER, made on the spot at any length."""
@@ -159,7 +168,7 @@ def retrieval(
         depths = [None] if depth is None else [float(d) for d in depth.split(",")]
         room = max(TASKS[name].max_new_tokens for name in names)
         chosen = {n: _methods(methods, n, n + room, block_budget, token_budget, block_size) for n in lengths}
-        model, tokenizer, origin = _load(model_name, device, dtype, backend, console)
+        model, tokenizer, origin = _load(model_name, device, dtype, backend, commit, console)
         _check_positions(model, max(lengths) + room)
         sentences = haystack(haystack_files or [])
         template = rows.text_digest(tokenizer.chat_template or "")
@@ -228,7 +237,9 @@ def _methods(
     return list(found)
 
 
-def _load(name: str | None, device: str, dtype: str, backend: str, console: Console) -> tuple[Any, Any, rows.Origin]:
+def _load(
+    name: str | None, device: str, dtype: str, backend: str, commit: str | None, console: Console
+) -> tuple[Any, Any, rows.Origin]:
     _backend(backend)
     with console.status(f"loading {name or 'SmolLM2-135M-Instruct (converted the first time: a minute)'}"):
         model, tokenizer = load_model(name, device, dtype)
@@ -236,12 +247,11 @@ def _load(name: str | None, device: str, dtype: str, backend: str, console: Cons
     origin = rows.Origin(
         model=name or "SmolLM2-135M-Instruct",
         dtype=str(model.dtype).removeprefix("torch."),
-        backend=backend,
         device=str(machine["gpu"] if model.device.type == "cuda" else machine["cpu"]),
         flex_tls=__version__,
         torch=torch.__version__,
         transformers=importlib.metadata.version("transformers"),
-        commit=_commit(),
+        commit=_commit() if commit is None else commit,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
     return model, tokenizer, origin

@@ -111,13 +111,14 @@ def print_comparison(result: Comparison, console: Console) -> None:
 def print_ppl(lines: Sequence[PplSummary], console: Console) -> None:
     """One line a method, with 95% intervals over documents, and the machine below."""
     with_mass = any(line.kept_mass is not None for line in lines)
-    names = ("method", "blocks", "tokens", "KL(dense ||)", "ppl/dense", "agreement", "index")
+    names = ("method", "blocks", "tokens", "KL(dense ||)", "ppl/dense", "agreement", "index", "read")
     table = _table((*names, "mass") if with_mass else names)
     for line in (x for x in lines if x.config is not None):
         assert line.config is not None
         cells = [line.method, f"{line.config['block_budget']:,}", f"{line.kept_tokens:,}"]
         cells += [_interval(line.kl, ".4f"), _interval(line.perplexity_ratio, ".4f"), _interval(line.agreement, ".1%")]
-        cells += [f"{line.index_share:.1%}", "" if line.kept_mass is None else f"{line.kept_mass:.1%}"]
+        cells += [f"{line.index_share:.1%}", f"{line.read_share:.1%}"]
+        cells += ["" if line.kept_mass is None else f"{line.kept_mass:.1%}"]
         table.add_row(*cells[: len(table.columns)])
     console.print(table)
     for line in (x for x in lines if x.config is None):

@@ -1,23 +1,31 @@
-"""Every method that is compared is a ``TLSConfig``, run by the same operator; dense is the model's own attention."""
+"""Every method that is compared, as a ``TLSConfig``: run by the same operator, but for dense attention and eviction."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import TLSConfig
 
 DENSE = "dense"
+EVICTION = "h2o"
 
 
 @dataclass(frozen=True)
 class Method:
-    """One column of a comparison. ``name``: as it was asked for; ``cfg``: None for dense attention."""
+    """One column of a comparison.
+
+    Attributes:
+        name: as it was asked for.
+        cfg: None for dense attention.
+        evicts: what falls out of the token budget is gone for good (see :mod:`.eviction`).
+    """
 
     name: str
     cfg: TLSConfig | None
+    evicts: bool = False
 
     @property
     def config(self) -> dict[str, Any] | None:
@@ -28,6 +36,51 @@ class Method:
 def kept_tokens(cfg: TLSConfig) -> int:
     """Tokens that a KV head attends to once the context is longer: what budgets of methods are made equal in."""
     return cfg.block_budget if cfg.token_budget is None else cfg.token_budget
+
+
+class Cost(NamedTuple):
+    """Bytes of a sparse layer as shares of the bytes of its keys and values, all in 16 bits; labels as they are.
+
+    Attributes:
+        index_share: what is held to select.
+        read_share: what one decode step reads: index, and keys and values of the tokens attended to.
+    """
+
+    index_share: float
+    read_share: float
+
+
+def cost(method: Method, head_dim: int, context_tokens: int) -> Cost:
+    """What a method holds and reads at a context of this length, by counting; every score it needs is read once.
+
+    An oracle reads all keys. Labels of candidates are read again at level 2. H2O's running weights, one number a token,
+    and which tokens are kept are not counted.
+    """
+    cfg = method.cfg
+    if cfg is None:
+        return Cost(0.0, 1.0)
+    key, token = 2 * head_dim, 4 * head_dim
+    exact = cfg.index == "oracle"
+    label = key if exact else label_bytes(cfg, cfg.label_dims, head_dim)
+    per_block = {"quest": 2 * key, "box": 2 * key, "mean": key}.get(cfg.index)
+    coarse = label_bytes(cfg, cfg.filter_dims or cfg.label_dims, head_dim) if per_block is None else 0.0
+    coarse = key if exact else coarse if per_block is None else per_block / cfg.block_size
+    forced_alone = method.evicts or cfg.token_budget == cfg.sink_tokens + cfg.recent_tokens
+    has_level_1 = cfg.block_budget < context_tokens and not forced_alone
+    has_level_2 = cfg.token_budget is not None and cfg.token_budget < cfg.block_budget and not forced_alone
+    candidates = min(cfg.block_budget, context_tokens)
+    by_labels = per_block is None
+    held = (label if has_level_2 or (has_level_1 and by_labels) else 0.0) + (
+        coarse if has_level_1 and not by_labels else 0.0
+    )
+    read = (coarse * context_tokens if has_level_1 else 0.0) + (label * candidates if has_level_2 else 0.0)
+    read += token * min(kept_tokens(cfg), context_tokens)
+    return Cost(held / token, read / (token * context_tokens))
+
+
+def label_bytes(cfg: TLSConfig, dims: int, head_dim: int) -> int:
+    """Bytes of the first ``dims`` channels of a label, in whole 32-bit words."""
+    return -(-min(dims, head_dim) * cfg.label_bits // 32) * 4
 
 
 def _ours(cfg: TLSConfig, context_tokens: int) -> TLSConfig:
@@ -69,6 +122,28 @@ def _window(cfg: TLSConfig, context_tokens: int) -> TLSConfig:
     return replace(window, block_budget=window.forced_blocks * window.block_size)
 
 
+def _double_sparsity(cfg: TLSConfig, context_tokens: int) -> TLSConfig:
+    """Double Sparsity (arXiv 2408.07092): every token by its heaviest channels, here fitted on the prompt."""
+    return replace(_tokens(cfg, context_tokens), label_basis="channels")
+
+
+def _quest_double_sparsity(cfg: TLSConfig, context_tokens: int) -> TLSConfig:
+    """Quest's blocks, then Double Sparsity's tokens inside them: the literature's two levels.
+
+    Half the label's channels, since blocks have bytes of their own (with heads of 64 and blocks of 32 as many).
+    """
+    return replace(
+        cfg, index="quest", group_reduce="max", label_basis="channels", label_dims=max(cfg.label_dims // 2, 1)
+    )
+
+
+def _h2o(cfg: TLSConfig, context_tokens: int) -> TLSConfig:
+    """H2O (arXiv 2306.14048): half the budget for the newest tokens, half for those attended to most so far."""
+    kept = kept_tokens(cfg)
+    halves = replace(cfg, block_budget=context_tokens, token_budget=kept, sink_tokens=0, recent_tokens=kept // 2)
+    return replace(halves, block_budget=max(context_tokens, halves.forced_blocks * cfg.block_size))
+
+
 # From the user's configuration and the longest context to the method's own configuration
 METHODS: dict[str, Callable[[TLSConfig, int], TLSConfig]] = {
     "ours": _ours,
@@ -77,6 +152,9 @@ METHODS: dict[str, Callable[[TLSConfig, int], TLSConfig]] = {
     "quest": _quest,
     "quest_wide": _quest_wide,
     "quest_labels": lambda cfg, _: replace(cfg, index="quest"),
+    "double_sparsity": _double_sparsity,
+    "quest_double_sparsity": _quest_double_sparsity,
+    EVICTION: _h2o,
     "window": _window,
     "oracle": _oracle,
     "oracle_blocks": lambda cfg, n: _oracle(_blocks(cfg, n), n),
@@ -109,7 +187,7 @@ def make_method(spec: str, cfg: TLSConfig, context_tokens: int) -> Method:
                 f"method: expected settings FIELD=VALUE of TLSConfig ({', '.join(known)}), got {setting!r}"
             )
         changes[key] = _value(text)
-    return Method(spec, replace(METHODS[name](cfg, context_tokens), **changes))
+    return Method(spec, replace(METHODS[name](cfg, context_tokens), **changes), evicts=name == EVICTION)
 
 
 def _value(text: str) -> object:

@@ -13,7 +13,7 @@ import torch
 from ..attention import Backend
 from ..integrations.huggingface import end_of_sequence_ids
 from .documents import digest, expand
-from .methods import Method
+from .methods import Method, cost
 from .prefilled import Prefilled
 from .tasks import TASKS, Place, Sample, recall, split_sentences
 
@@ -38,7 +38,9 @@ class Answer(NamedTuple):
 
     prediction: str
     score: float
+    backend: str
     index_share: float
+    read_share: float
 
 
 def haystack(paths: Sequence[Path]) -> list[str]:
@@ -113,16 +115,16 @@ def answer(
     prompt = Prefilled(model, ids[:, :-1], limit, backend)
     for method in methods:
         token, token_ids, text = ids[:, -1:], list[int](), ""
-        with prompt.decoding(method.cfg) as step:
+        with prompt.decoding(method) as step:
             while len(token_ids) < limit and recall(text, references) < 1:
-                token = step(token).argmax(-1, keepdim=True)
+                token = step(token).argmax(-1)
                 on_step(method.name)
                 if int(token) in ends:
                     break
                 token_ids.append(int(token))
                 text = tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
-        share = 0.0 if method.cfg is None else prompt.index_share
-        yield method, Answer(text, recall(text, references), share)
+        shares = cost(method, prompt.head_dim, ids.shape[1])
+        yield method, Answer(text, recall(text, references), prompt.backend_for(method), *shares)
 
 
 def _token_ids(tokenizer: Any, sample: Sample) -> tuple[int, ...]:

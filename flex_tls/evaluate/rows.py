@@ -18,7 +18,6 @@ class Origin:
 
     model: str
     dtype: str
-    backend: str
     device: str
     flex_tls: str
     torch: str
@@ -35,14 +34,18 @@ class Row(Origin):
         eval: "ppl" or "retrieval".
         method: its name, with settings.
         config: the fields of its ``TLSConfig``; None for dense attention.
-        index_share: index bytes as a share of the bytes of keys and values.
+        backend: that ran it: "triton", "flex" or "reference"; "sdpa" for dense attention, "eviction" for H2O's.
+        index_share, read_share: bytes of the index, and bytes that a step reads, as shares of the bytes of keys and
+            values in 16 bits (:func:`.methods.cost`).
         digest: of the token ids that were read.
     """
 
     eval: str
     method: str
     config: dict[str, Any] | None
+    backend: str
     index_share: float
+    read_share: float
     digest: str
 
     @property
@@ -58,7 +61,8 @@ class PplRow(Row):
     Attributes:
         document: name of the file.
         context_tokens: tokens before the first scored one.
-        score_tokens: tokens scored, teacher-forced, one decode step each.
+        score_tokens: tokens scored, teacher-forced.
+        step_tokens: of them, fed to one decode step.
         kl: KL(dense || method) per token, natural log.
         nll, nll_dense: negative log-likelihood per token, of the method and of dense attention in the same run.
         agreement: share of tokens whose likeliest next token is dense attention's.
@@ -68,6 +72,7 @@ class PplRow(Row):
     document: str
     context_tokens: int
     score_tokens: int
+    step_tokens: int
     kl: float
     nll: float
     nll_dense: float

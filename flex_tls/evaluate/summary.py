@@ -32,7 +32,7 @@ class PplSummary:
         perplexity_ratio: to dense attention.
         agreement: top-1, with dense attention.
         kept_mass: mean over documents and layers; None where a row has none.
-        index_share: index bytes as a share of the KV bytes.
+        index_share, read_share: bytes held and read, as in :class:`.methods.Cost`.
     """
 
     model: str
@@ -48,6 +48,7 @@ class PplSummary:
     agreement: Interval
     kept_mass: float | None
     index_share: float
+    read_share: float
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ def _ppl(rows: Sequence[PplRow]) -> PplSummary:
         agreement=mean_interval([row.agreement for row in rows]),
         kept_mass=sum(masses) / len(masses) if masses else None,
         index_share=first.index_share,
+        read_share=first.read_share,
     )
 
 

@@ -136,7 +136,7 @@ def test_budgets_over_the_whole_context_lose_nothing(model_folder: Path, texts: 
 
 def test_what_cannot_be_evaluated_says_why(model_folder: Path, texts: Path, tmp_path: Path) -> None:
     model = ["--model", model_folder]
-    assert "method: expected one of dense, ours" in failed("ppl", texts, *model, "--methods", "h2o")
+    assert "method: expected one of dense, ours" in failed("ppl", texts, *model, "--methods", "snapkv")
     assert "--token-budget: expected 1, one for each" in failed("ppl", texts, *model, "--token-budget", "1/8,1/16")
     assert "at most 2048 tokens, the model's positions" in failed("ppl", texts, *model, "--context-tokens", "3000")
     assert "documents: expected files of at least" in failed("ppl", texts, *model, "--context-tokens", "1900")
