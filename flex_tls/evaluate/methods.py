@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from ..config import TLSConfig
@@ -166,7 +167,8 @@ def make_method(spec: str, cfg: TLSConfig, context_tokens: int) -> Method:
     """A method by name, with settings if wanted: ``"quest"``, ``"ours:label_dims=16:label_bits=8"``.
 
     Args:
-        spec: a name of :data:`METHODS` or ``"dense"``, then fields of :class:`flex_tls.TLSConfig` to change in it.
+        spec: a name of :data:`METHODS` or ``"dense"``, then fields of :class:`flex_tls.TLSConfig` to change in it. A
+            value such as ``x2`` or ``x1/2`` is a multiple of the method's own.
         cfg: the budgets, and everything that the method leaves as it is.
         context_tokens: longest context that will be met.
 
@@ -178,6 +180,7 @@ def make_method(spec: str, cfg: TLSConfig, context_tokens: int) -> Method:
         return Method(DENSE, None)
     if name not in METHODS:
         raise ValueError(f"method: expected one of {', '.join((DENSE, *METHODS))}, got {name!r}")
+    made = METHODS[name](cfg, context_tokens)
     known = {field.name for field in fields(TLSConfig)}
     changes: dict[str, Any] = {}
     for setting in settings:
@@ -186,12 +189,17 @@ def make_method(spec: str, cfg: TLSConfig, context_tokens: int) -> Method:
             raise ValueError(
                 f"method: expected settings FIELD=VALUE of TLSConfig ({', '.join(known)}), got {setting!r}"
             )
-        changes[key] = _value(text)
-    return Method(spec, replace(METHODS[name](cfg, context_tokens), **changes), evicts=name == EVICTION)
+        changes[key] = _value(text, getattr(made, key))
+    return Method(spec, replace(made, **changes), evicts=name == EVICTION)
 
 
-def _value(text: str) -> object:
-    """A number or None as Python writes it; anything else is a word."""
+def _value(text: str, before: object) -> object:
+    """A number or None as Python writes it, a multiple of the number before; anything else is a word."""
+    if text.startswith("x") and isinstance(before, int):
+        try:
+            return int(before * Fraction(text[1:]))
+        except (ValueError, ZeroDivisionError):
+            return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
