@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .attention import Backend, check_backend, resolve_backend
+from .audit import Auditor, OnDrift
 from .cache_layer import Shared, TLSLayer, new_index
 from .config import TLSConfig
 from .fused import why_not_here
@@ -31,9 +32,15 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         dtype: of keys and values; that of the first keys by default.
         device: where the buffers live; that of the first keys by default.
         backend: of :func:`flex_tls.two_level_attention`.
+        audit_every: decode steps between two comparisons of one layer's selection with its true attention, which reads
+            all of the layer's keys; None for none. What they find is in ``auditor.stats()``.
+        on_drift: what happens to a layer that keeps less of the true attention than ``least_mass``: ``"report"``
+            alone, ``"widen"`` doubles its budgets, ``"dense"`` lets it attend densely from then on.
+        least_mass: a share.
 
     Attributes:
         recorder: set a :class:`flex_tls.record.Recorder` to collect what sparse steps keep and read.
+        auditor: the :class:`flex_tls.audit.Auditor`, or None.
 
     Raises:
         ValueError: a model that is not supported, a length or batch size below 1.
@@ -51,6 +58,9 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         backend: Backend = "auto",
+        audit_every: int | None = None,
+        on_drift: OnDrift = "report",
+        least_mass: float = 0.9,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("max_len", max_len)):
             if value < 1:
@@ -58,6 +68,9 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         check_backend(backend)
         shape = read_model_config(model_config)
         self._shared = Shared(cfg or TLSConfig(), backend, shape, max_len, Progress(batch_size))
+        if audit_every is not None:
+            sparse = range(min(self.cfg.dense_layers, shape.n_layers), shape.n_layers)
+            self._shared.auditor = Auditor(sparse, audit_every, on_drift, least_mass)
         self._dtype = dtype
         self._device = None if device is None else torch.device(device)
         # Steps that flex_tls.decode compiled, each of which holds its model; they live as long as the buffers they read
@@ -173,6 +186,11 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     @recorder.setter
     def recorder(self, recorder: Recorder | None) -> None:
         self._shared.recorder = recorder
+
+    @property
+    def auditor(self) -> Auditor | None:
+        """The drift monitor, if ``audit_every`` asked for one."""
+        return self._shared.auditor
 
     @property
     def cfg(self) -> TLSConfig:

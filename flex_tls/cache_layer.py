@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention import Backend, attend
+from .audit import Auditor
 from .config import TLSConfig
 from .dense import causal_attention, dense_attention
 from .index import KVIndex
@@ -39,6 +40,7 @@ class Shared:
     max_len: int
     progress: Progress
     recorder: Recorder | None = None
+    auditor: Auditor | None = None
 
     @property
     def capacity_tokens(self) -> int:
@@ -232,6 +234,11 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         n_read = step.n_new * sum(min(n, reach) for n in step.lens_after)
         if recorder is not None and self.layer_idx == 0:
             recorder.count_tokens(step.n_new * len(step.lens_after))
+        auditor = shared.auditor if decoding else None
+        if auditor is not None:
+            if self.layer_idx == 0:
+                auditor.count_step()
+            cfg = auditor.config(self.layer_idx, cfg)
         if not decoding or index is None or not index.fitted_tokens or reach <= cfg.dense_up_to_tokens:
             if recorder is not None:
                 recorder.add_dense(n_read, 2 * keys.shape[1] * keys.shape[3] * keys.element_size())
@@ -239,10 +246,14 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             same = len(set(step.lens_after)) == 1
             return dense_attention(q, keys, values, step.seq_lens, scale=scale, window=self.window, same_length=same)
         mask_mod = None if self.window is None else window_mask(self.window)
+        audited = auditor is not None and auditor.wants(self.layer_idx)
         result = attend(
             q, keys, values, index, cfg,
-            mask_mod=mask_mod, scale=scale, backend=shared.backend, selected=recorder is not None,
+            mask_mod=mask_mod, scale=scale, backend=shared.backend, selected=recorder is not None or audited,
         )  # fmt: skip
+        if auditor is not None and audited:
+            assert result.tokens is not None
+            auditor.add(self.layer_idx, q, keys, result.tokens, cfg, scale=scale, mask_mod=mask_mod)
         if recorder is not None:
             assert result.blocks is not None
             assert result.tokens is not None
