@@ -69,7 +69,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         shape = read_model_config(model_config)
         self._shared = Shared(cfg or TLSConfig(), backend, shape, max_len, Progress(batch_size))
         if audit_every is not None:
-            sparse = range(min(self.cfg.dense_layers, shape.n_layers), shape.n_layers)
+            sparse = [i for i in range(shape.n_layers) if not self.cfg.is_dense(i)]
             self._shared.auditor = Auditor(sparse, audit_every, on_drift, least_mass)
         self._dtype = dtype
         self._device = None if device is None else torch.device(device)
@@ -227,7 +227,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     @property
     def index_nbytes(self) -> int:
         """Bytes of all indexes, allocated or to be."""
-        n_indexed = max(self._shared.shape.n_layers - self._shared.cfg.dense_layers, 0)
+        n_indexed = sum(not self.cfg.is_dense(i) for i in range(self._shared.shape.n_layers))
         return n_indexed * new_index(self._shared, self._layout()[0], torch.device("meta")).nbytes
 
     @property

@@ -78,7 +78,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         b, s = shared.progress.batch_size, shared.capacity_tokens
         self.keys = torch.zeros(b, shared.shape.n_kv_heads, s, shared.shape.head_dim, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        if self.layer_idx >= shared.cfg.dense_layers:
+        if not shared.cfg.is_dense(self.layer_idx):
             self.index = new_index(shared, dtype, device)
         self.is_initialized = True
 
@@ -129,7 +129,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         """Attention of the step's queries q [B, HQ, T, D], after :meth:`update`; the last layer ends the step.
 
         A prompt attends densely and its index is built; so do chunks of more than ``sparse_query_tokens`` queries,
-        the first ``dense_layers`` layers, and contexts that the budgets hold whole. All else is two-level attention.
+        ``dense_layers``, and contexts that the budgets hold whole. All else is two-level attention.
         """
         step, progress = self._step, self.shared.progress
         if step is None or step is not progress.step:

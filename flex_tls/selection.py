@@ -256,12 +256,12 @@ def reduce_group(scores: Tensor, cfg: TLSConfig) -> Tensor:
     dead = scores.isneginf()
     if cfg.group_reduce == "max":
         return scores.amax(2)
-    if cfg.group_reduce == "softmax_mean":
+    if cfg.group_reduce in ("softmax_mean", "softmax_max"):
         # A head that may look nowhere would give NaN; it has no say instead
         top = scores.amax(-1, keepdim=True)
         weight = (scores - torch.where(top.isneginf(), 0.0, top)).exp()
         value = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        rank = value.mean(2)
+        rank = value.mean(2) if cfg.group_reduce == "softmax_mean" else value.amax(2)
     else:
         alive = (~dead).sum(2).clamp_min(1)
         rank = scores.masked_fill(dead, 0.0).sum(2) / alive

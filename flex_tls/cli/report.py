@@ -101,7 +101,7 @@ def print_comparison(result: Comparison, console: Console) -> None:
     tokens = "every token" if cfg.token_budget is None else f"{cfg.token_budget:,} tokens"
     console.print(
         f"kept per KV head: {cfg.block_budget:,} tokens of blocks of {cfg.block_size}, then {tokens}; "
-        f"layers 0-{cfg.dense_layers - 1} dense; {len(result.sparse.step_ms)} steps timed; "
+        f"dense layers: {cfg.dense_layers}; {len(result.sparse.step_ms)} steps timed; "
         f"prefill {result.prefill_seconds:.1f} s; first compiled step {result.compile_seconds:.1f} s",
         highlight=False,
     )

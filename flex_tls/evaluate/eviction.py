@@ -39,7 +39,7 @@ class EvictionLayer(TLSLayer):
         step = self._step
         out = super().attend(q, scale)
         assert step is not None
-        if self.layer_idx < self.cfg.dense_layers:
+        if self.cfg.is_dense(self.layer_idx):
             return out
         keys, values = (x[:, :, : step.longest].float() for x in self.buffers())
         if step.is_fresh:
@@ -76,7 +76,7 @@ class EvictionLayer(TLSLayer):
 
 
 def evicting_cache(model_config: Any, cfg: TLSConfig, batch_size: int, max_len: int) -> TLSCache:
-    """A cache whose layers from ``dense_layers`` on evict; for rows of equal length.
+    """A cache whose layers evict but for ``dense_layers``; for rows of equal length.
 
     Raises:
         ValueError: a model with sliding windows, which evict on their own.

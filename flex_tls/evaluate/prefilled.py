@@ -122,7 +122,7 @@ class Prefilled:
             keys = layer.buffers()[0]
             layer.shared.cfg = cfg
             layer.index = None
-            if layer.layer_idx < cfg.dense_layers:
+            if cfg.is_dense(layer.layer_idx):
                 continue
             layer.index = new_index(layer.shared, keys.dtype, keys.device)
             layer.index.labels.query_sum.copy_(query_sum)

@@ -23,18 +23,19 @@ ABLATION: dict[str, tuple[str, ...]] = {
     "channels that level 1 reads": ("filter_dims=8", "filter_dims=16", "filter_dims=24"),
     "block size": ("block_size=16", "block_size=32", "block_size=64", "block_size=128"),
     "block score": ("block_reduce=logsumexp",),
-    "group reduction": ("group_reduce=max", "group_reduce=mean"),
+    "group reduction": ("group_reduce=softmax_max", "group_reduce=max", "group_reduce=mean"),
     "block budget": ("block_budget=x1/2", "block_budget=x2", "block_budget=x4"),
     "token budget": ("token_budget=x1/4", "token_budget=x1/2", "token_budget=x2", "token_budget=None"),
     "sinks": ("sink_tokens=0", "sink_tokens=4", "sink_tokens=32", "sink_tokens=128"),
     "recent window": ("recent_tokens=1", "recent_tokens=32", "recent_tokens=128"),
-    "dense layers": ("dense_layers=0", "dense_layers=1", "dense_layers=2", "dense_layers=4"),
+    "dense layers": ("dense_layers=0", "dense_layers=1", "dense_layers=0+8", "dense_layers=4"),
 }
 
 # Bytes of the index against what is lost, at equal budgets
 FRONTIER = (
     *(f"ours:label_dims={dims}:label_bits={bits}" for dims in (8, 16, 24, 32, 48, 64) for bits in (2, 4, 8)),
     *(f"ours:label_dims={dims}:block_size={size}" for dims in (8, 16, 24, 32, 48, 64) for size in (16, 64)),
+    *(f"ours:label_dims={dims}:block_reduce=logsumexp" for dims in (8, 16, 24, 32, 48, 64)),
     *(f"ours:label_dims={dims}:label_basis=channels" for dims in (8, 16, 32, 64)),
     *(
         f"ours:index={kind}:label_dims={dims}"

@@ -113,6 +113,12 @@ def test_settings_change_the_method() -> None:
     assert (cfg.label_dims, cfg.filter_dims, cfg.block_reduce, cfg.box_radius) == (16, None, "logsumexp", 0.5)
 
 
+def test_values_may_be_multiples_and_layers() -> None:
+    cfg = make_method("ours:block_budget=x2:token_budget=x1/2:dense_layers=8+0", BASE, 400).cfg
+    assert cfg is not None
+    assert (cfg.block_budget, cfg.token_budget, cfg.dense_layers) == (192, 32, (0, 8))
+
+
 def test_dense_has_no_configuration() -> None:
     assert make_method(DENSE, BASE, 400).config is None
 
