@@ -17,6 +17,7 @@ from ..evaluate.documents import library_files, read_documents
 from ..evaluate.methods import Method
 from ..evaluate.perplexity import score_documents
 from ..evaluate.summary import summarise_ppl
+from .evaluate_attention import attention
 from .evaluate_common import (
     DEFAULT_METHODS,
     BackendName,
@@ -43,6 +44,7 @@ from .report import print_ppl, reported
 
 eval_app = typer.Typer(help="What sparse decoding loses against dense attention.", no_args_is_help=True)
 eval_app.command()(retrieval)
+eval_app.command()(attention)
 
 
 @eval_app.command()
@@ -63,9 +65,6 @@ def ppl(
     step_tokens: Annotated[
         int, typer.Option(min=1, max=16, help="Tokens fed to one decode step; the same result, sooner.")
     ] = 16,
-    kept_mass: Annotated[
-        bool, typer.Option("--kept-mass", help="Also measure kept attention mass per layer; reads all keys.")
-    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     backend: BackendName = "auto",
@@ -87,8 +86,7 @@ def ppl(
             return rows.ppl_key_of(origin, digest, method.name, method.config, context_tokens)
 
         def is_missing(digest: str, method: Method) -> bool:
-            row = seen.get(key(digest, method))
-            return row is None or (kept_mass and method.cfg is not None and not method.evicts and row.kept_mass is None)
+            return key(digest, method) not in seen
 
         todo = []
         for start in range(0, len(texts), batch):
@@ -102,7 +100,7 @@ def ppl(
                 ids = torch.tensor([x.token_ids for x in group], device=model.device)
                 found = score_documents(
                     model, ids, context_tokens, missing,
-                    backend=as_backend(backend), step_tokens=step_tokens, kept_mass=kept_mass, on_step=advance,
+                    backend=as_backend(backend), step_tokens=step_tokens, on_step=advance,
                 )  # fmt: skip
                 for method, scores in found:
                     new = [

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..attention import Backend
-from ..record import Recorder
 from .methods import DENSE, Method, cost
 from .prefilled import Prefilled, Step
 
@@ -23,7 +22,6 @@ class Score:
     nll: float
     nll_dense: float
     agreement: float
-    kept_mass: dict[str, float] | None
     backend: str
     index_share: float
     read_share: float
@@ -37,7 +35,6 @@ def score_documents(
     *,
     backend: Backend = "auto",
     step_tokens: int = 1,
-    kept_mass: bool = False,
     on_step: Callable[[str], None] = lambda method: None,
 ) -> Iterator[tuple[Method, list[Score]]]:
     """Score B documents side by side under every method; dense attention runs first, whether asked for or not.
@@ -54,7 +51,6 @@ def score_documents(
         backend: of every method, see :meth:`.prefilled.Prefilled.backend_for`.
         step_tokens: tokens that a decode step is fed, at most a method's ``sparse_query_tokens`` (longer steps would be
             dense).
-        kept_mass: also measure it, which reads all keys in every step; for one document at a time.
         on_step: called with the method's name after every step.
 
     Yields:
@@ -64,8 +60,6 @@ def score_documents(
     n_scored = s - context_tokens
     if context_tokens < 2 or n_scored < 1:
         raise ValueError(f"context_tokens: expected 2 to {s - 1}, with {s} tokens a document, got {context_tokens}")
-    if kept_mass and b > 1:
-        raise ValueError(f"kept_mass: expected one document at a time, got {b}; a recorder averages over rows")
     most = min([m.cfg.sparse_query_tokens for m in methods if m.cfg is not None], default=step_tokens)
     if not 1 <= step_tokens <= most:
         raise ValueError(f"step_tokens: expected 1 to {most}, longer steps would be dense, got {step_tokens}")
@@ -84,11 +78,10 @@ def score_documents(
     nll_dense = -sum((_picked(_log_p(x), t) for x, t in zip(dense, targets, strict=True)), torch.zeros(())) / n_scored
     for method in methods:
         if method.cfg is None:
-            yield method, [Score(0.0, x, x, 1.0, None, *origin(method)) for x in nll_dense.tolist()]
+            yield method, [Score(0.0, x, x, 1.0, *origin(method)) for x in nll_dense.tolist()]
             continue
-        recorder = Recorder() if kept_mass else None
         kl, nll, agreement = torch.zeros(3, b, dtype=torch.float64, device=ids.device)
-        with prompt.decoding(method, recorder) as step:
+        with prompt.decoding(method) as step:
             steps = _forced(step, ids, context_tokens, step_tokens)
             for logits, full, target in zip(steps, dense, targets, strict=True):
                 log_p, log_q = _log_p(full), _log_p(logits)
@@ -96,10 +89,8 @@ def score_documents(
                 nll -= _picked(log_q, target)
                 agreement += (full.argmax(-1) == logits.argmax(-1)).sum(1)
                 on_step(method.name)
-        mass = None if recorder is None or method.evicts else recorder.result().kept_mass
-        by_layer = None if mass is None else {str(layer): float(x.mean()) for layer, x in sorted(mass.items())}
         rows = zip(*((x / n_scored).tolist() for x in (kl, nll, agreement)), nll_dense.tolist(), strict=True)
-        yield method, [Score(k, n, d, a, by_layer, *origin(method)) for k, n, a, d in rows]
+        yield method, [Score(k, n, d, a, *origin(method)) for k, n, a, d in rows]
 
 
 def _forced(step: Step, ids: Tensor, context_tokens: int, step_tokens: int) -> Iterator[Tensor]:

@@ -31,7 +31,7 @@ class Row(Origin):
     """Fields of every row.
 
     Attributes:
-        eval: "ppl" or "retrieval".
+        eval: its kind, of :data:`KINDS`.
         method: its name, with settings.
         config: the fields of its ``TLSConfig``; None for dense attention.
         backend: that ran it: "triton", "flex" or "reference"; "sdpa" for dense attention, "eviction" for H2O's.
@@ -66,7 +66,6 @@ class PplRow(Row):
         kl: KL(dense || method) per token, natural log.
         nll, nll_dense: negative log-likelihood per token, of the method and of dense attention in the same run.
         agreement: share of tokens whose likeliest next token is dense attention's.
-        kept_mass: layer -> share of full attention's weight on the selected tokens; None if it was not asked for.
     """
 
     document: str
@@ -77,7 +76,6 @@ class PplRow(Row):
     nll: float
     nll_dense: float
     agreement: float
-    kept_mass: dict[str, float] | None
 
     @property
     def key(self) -> Key:
@@ -111,7 +109,27 @@ class RetrievalRow(Row):
     score: float
 
 
-KINDS: dict[str, type[Row]] = {"ppl": PplRow, "retrieval": RetrievalRow}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionRow(Row):
+    """What one method's selections catch of full attention in one document; fields as in :class:`.probe.Catch`."""
+
+    document: str
+    context_tokens: int
+    score_tokens: int
+    layers: list[int]
+    mass_blocks: list[list[float]]
+    mass_tokens: list[list[float]]
+    heavy_blocks: list[list[float]]
+    heavy_tokens: list[list[float]]
+    locality: list[float]
+
+    @property
+    def key(self) -> Key:
+        """As in :class:`PplRow`."""
+        return (*super().key, str(self.context_tokens))
+
+
+KINDS: dict[str, type[Row]] = {"ppl": PplRow, "retrieval": RetrievalRow, "attention": AttentionRow}
 
 
 def key_of(origin: Origin, eval: str, digest: str, method: str, config: dict[str, Any] | None) -> Key:

@@ -46,9 +46,7 @@ def test_perplexity_of_every_method_with_rows_summary_and_picture(
 ) -> None:
     out, summary, picture = tmp_path / "rows.jsonl", tmp_path / "summary.json", tmp_path / "kl.png"
     options = [texts, "--model", model_folder, "--context-tokens", "320", "--score-tokens", "2", *BUDGETS]
-    printed = run(
-        "ppl", *options, "--methods", ",".join(SOME), "--documents", "2", "--kept-mass", "--out", out, "--json", summary
-    )
+    printed = run("ppl", *options, "--methods", ",".join(SOME), "--documents", "2", "--out", out, "--json", summary)
     assert "label_bits=8" in printed
     assert "dense: perplexity" in printed
     found = rows.read(out)
@@ -59,7 +57,6 @@ def test_perplexity_of_every_method_with_rows_summary_and_picture(
         assert isinstance(row, rows.PplRow)
         assert row.kl > 0 if row.config else row.kl == 0
         assert 0 <= row.agreement <= 1
-        assert (row.kept_mass is None) == (row.config is None)
         assert row.transformers
     lines = json.loads(summary.read_text())["results"]
     assert {line["n_documents"] for line in lines} == {2}
@@ -144,3 +141,18 @@ def test_what_cannot_be_evaluated_says_why(model_folder: Path, texts: Path, tmp_
     assert "backend: expected one of" in failed("ppl", texts, *model, "--backend", "fast")
     (tmp_path / "rows.jsonl").write_text("")
     assert "holds none of eval ppl" in failed("plot", tmp_path / "rows.jsonl", "--out", tmp_path / "kl.png")
+
+
+def test_attention_is_probed_into_rows_once(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    out, summary = tmp_path / "rows.jsonl", tmp_path / "summary.json"
+    options = ["attention", texts, "--model", model_folder, "--context-tokens", "320", "--score-tokens", "2", *BUDGETS]
+    options += ["--methods", "ours,oracle,dense", "--documents", "2", "--batch", "2", "--out", out, "--json", summary]
+    assert "fewest heavy tokens" in run(*options)
+    found = rows.read(out)
+    assert len(found) == 2 * 2 * 2
+    assert run(*options)
+    assert rows.read(out) == found
+    for line in json.loads(summary.read_text())["results"]:
+        assert 0 < line["mass_tokens"]["mean"] <= line["mass_blocks"]["mean"] <= 1.0001
+        assert line["worst_layer"] in (2, 3)
+    assert "expected one that selects among cached tokens" in failed(*options[:-6], "--methods", "dense,h2o")

@@ -129,21 +129,6 @@ def test_documents_side_by_side_score_as_one_by_one() -> None:
         assert alone.nll == pytest.approx(score.nll, rel=1e-4)
 
 
-def test_kept_mass_is_reported_for_each_sparse_layer() -> None:
-    methods = [Method(DENSE, None), Method("ours", SPARSE)]
-    scores = dict(score_documents(make(), documents(1, 100), 90, methods, backend="reference", kept_mass=True))
-    assert scores[methods[0]][0].kept_mass is None
-    mass = scores[methods[1]][0].kept_mass
-    assert mass is not None
-    assert set(mass) == {"1", "2"}
-    assert all(0 < share < 1 for share in mass.values())
-
-
-def test_kept_mass_takes_one_document_at_a_time() -> None:
-    with pytest.raises(ValueError, match="kept_mass: expected one document at a time, got 2"):
-        next(score_documents(make(), documents(2, 100), 90, [], kept_mass=True))
-
-
 @pytest.mark.parametrize("context", [1, 100])
 def test_something_must_be_read_and_something_scored(context: int) -> None:
     with pytest.raises(ValueError, match="context_tokens: expected 2 to 99"):

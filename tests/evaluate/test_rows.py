@@ -18,7 +18,7 @@ COMMON = {
 def ppl_row(digest: str, method: str = "dense", kl: float = 0.0, nll: float = 1.0) -> rows.PplRow:
     return rows.PplRow(
         eval="ppl", **COMMON, method=method, config=None, digest=digest, document="d", context_tokens=10,
-        score_tokens=5, step_tokens=1, kl=kl, nll=nll, nll_dense=1.0, agreement=1.0, kept_mass=None,
+        score_tokens=5, step_tokens=1, kl=kl, nll=nll, nll_dense=1.0, agreement=1.0,
     )  # fmt: skip
 
 
