@@ -163,6 +163,14 @@ def corpus(args: argparse.Namespace) -> int:
     return 0
 
 
+def report(args: argparse.Namespace) -> int:
+    """Write the report and its pictures from the rows that there are."""
+    from .report import write_report
+
+    print("\n".join(map(str, write_report(args.results, args.out))))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure, and draw what was measured.")
     commands = parser.add_subparsers(required=True)
@@ -209,6 +217,10 @@ def _parser() -> argparse.ArgumentParser:
     carried = commands.add_parser("carry", help="weights in two halves, wheels and texts, for a machine offline")
     carried.add_argument("--out", type=Path, default=rows.ROOT / ".carry")
     carried.set_defaults(command=carry)
+    reported = commands.add_parser("report", help="docs/report.md and its pictures, from rows of flex-tls eval")
+    reported.add_argument("--results", type=Path, default=rows.ROOT / "bench" / "results", help="of accuracy*.jsonl")
+    reported.add_argument("--out", type=Path, default=rows.ROOT / "docs" / "report.md")
+    reported.set_defaults(command=report)
     return parser
 
 
