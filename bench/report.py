@@ -19,7 +19,7 @@ from flex_tls.cli.plots import (
 )
 from flex_tls.evaluate import rows as evaluation
 from flex_tls.evaluate.bootstrap import Interval
-from flex_tls.evaluate.rows import AttentionRow, PplRow, RetrievalRow, Row
+from flex_tls.evaluate.rows import AnswerRow, AttentionRow, PplRow, Row
 from flex_tls.evaluate.sets import BASE, COMPARISON, FRONTIER
 from flex_tls.evaluate.summary import (
     PplSummary,
@@ -263,7 +263,7 @@ def _attention(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str
 def _retrieval(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]:
     yield "## Retrieval\n"
     command = "flex-tls eval retrieval --length 4096,7936 --samples 20 --dtype float32"
-    rows = [row for row in found if isinstance(row, RetrievalRow)]
+    rows = [row for row in found if isinstance(row, AnswerRow)]
     if not rows:
         yield f"No rows yet: `{command} --out bench/results/accuracy-retrieval.jsonl`.\n"
         yield "With `--depth 0,0.25,0.5,0.75,1` also a map of scores over depth and length.\n"

@@ -38,12 +38,13 @@ from .evaluate_common import (
     progress_bar,
     write_summary,
 )
-from .evaluate_retrieval import retrieval
+from .evaluate_retrieval import retrieval, tasks
 from .plot import plot_accuracy
 from .report import print_ppl, reported
 
 eval_app = typer.Typer(help="What sparse decoding loses against dense attention.", no_args_is_help=True)
 eval_app.command()(retrieval)
+eval_app.command()(tasks)
 eval_app.command()(attention)
 
 

@@ -1,17 +1,21 @@
-"""``flex-tls eval retrieval``: RULER's tasks, made on the spot."""
+"""``flex-tls eval retrieval`` and ``tasks``: questions made on the spot after RULER, or from LongBench's files."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from ..attention import Backend
 from ..evaluate import rows
+from ..evaluate.longbench import read_questions
 from ..evaluate.methods import Method
-from ..evaluate.retrieval import answer, haystack, make_question
+from ..evaluate.retrieval import Question, answer, haystack, make_question
 from ..evaluate.summary import summarise_retrieval
 from ..evaluate.tasks import TASKS
 from .evaluate_common import (
@@ -39,7 +43,9 @@ from .report import print_retrieval, reported
 
 def retrieval(
     model_name: ModelName = None,
-    tasks: Annotated[str, typer.Option(help=f"Names, comma-separated, of: {', '.join(TASKS)}.")] = ",".join(TASKS),
+    task_names: Annotated[
+        str, typer.Option("--tasks", help=f"Names, comma-separated, of: {', '.join(TASKS)}.")
+    ] = ",".join(TASKS),
     length: Annotated[str, typer.Option(help="Tokens of a prompt, comma-separated.")] = "4096",
     samples: Annotated[int, typer.Option(min=1, help="Samples of each task and length.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the first sample; the next ones count up.")] = 0,
@@ -66,7 +72,7 @@ def retrieval(
     """Needles, tracked variables, counted words and copied passages after RULER, made on the spot at any length."""
     console = Console()
     with reported(console):
-        names = tasks.split(",")
+        names = task_names.split(",")
         unknown = sorted(set(names) - set(TASKS))
         if unknown:
             raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {', '.join(unknown)}")
@@ -79,8 +85,6 @@ def retrieval(
         model, tokenizer, origin = load_for_rows(model_name, device, dtype, backend, commit, console)
         check_positions(model, max(lengths) + room)
         sentences = haystack(haystack_files or [])
-        template = rows.text_digest(tokenizer.chat_template or "")
-        seen = {row.key: row for row in (rows.read(out) if out else []) if isinstance(row, rows.RetrievalRow)}
         with console.status("making the samples"):
             questions = [
                 make_question(name, tokenizer, n, seed + i, sentences, d)
@@ -90,26 +94,84 @@ def retrieval(
                 for i in range(samples)
             ]
 
-        def key(digest: str, method: Method) -> rows.Key:
-            return rows.key_of(origin, "retrieval", digest, method.name, method.config)
-
         wanted = [(q, m) for q in questions for m in chosen[q.length_tokens]]
-        with progress_bar(console, sum(key(q.digest, m) not in seen for q, m in wanted)) as advance:
-            for question in questions:
-                missing = [m for m in chosen[question.length_tokens] if key(question.digest, m) not in seen]
-                if not missing:
-                    continue
-                for method, found in answer(model, tokenizer, question, missing, backend=as_backend(backend)):
-                    row = rows.RetrievalRow(
-                        eval="retrieval", **asdict(origin), method=method.name, config=method.config,
-                        digest=question.digest, task=question.task, length_tokens=question.length_tokens,
-                        prompt_tokens=len(question.token_ids), depth=question.depth, seed=question.seed,
-                        template=template, references=list(question.sample.references), **found._asdict(),
-                    )  # fmt: skip
-                    if out is not None:
-                        rows.append(out, [row])
-                    seen[row.key] = row
-                    advance(f"{question.task}, {method.name}")
-        lines = summarise_retrieval([seen[key(q.digest, m)] for q, m in wanted])
+        found = _answered("retrieval", wanted, model, tokenizer, origin, as_backend(backend), out, console)
+        lines = summarise_retrieval(found)
     print_retrieval(lines, console)
     write_summary(json_file, lines)
+
+
+def tasks(
+    files: Annotated[
+        list[Path], typer.Argument(exists=True, dir_okay=False, help="JSONL files in LongBench's format.")
+    ],
+    model_name: ModelName = None,
+    length: Annotated[int, typer.Option(min=2, help="Longest prompt in tokens; longer ones lose their middle.")] = 4096,
+    samples: Annotated[int, typer.Option(min=1, help="Questions of each file, at most.")] = 20,
+    prompts: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="LongBench's dataset2prompt.json; ours otherwise.")
+    ] = None,
+    methods: Methods = "dense," + DEFAULT_METHODS,
+    block_budget: BlockBudgets = "1/4",
+    token_budget: TokenBudgets = "1/8",
+    block_size: BlockSize = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: BackendName = "auto",
+    out: RowsFile = None,
+    commit: Commit = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Questions of LongBench or in its format, from files, with its metrics."""
+    console = Console()
+    with reported(console):
+        templates = None if prompts is None else json.loads(prompts.read_text(encoding="utf-8"))
+        model, tokenizer, origin = load_for_rows(model_name, device, dtype, backend, commit, console)
+        questions = [q for path in files for q in read_questions(path, tokenizer, length, samples, templates)]
+        if not questions:
+            raise ValueError("files: expected questions, got none; the files are empty")
+        longest = length + max(q.max_new_tokens for q in questions)
+        chosen = chosen_methods(methods, length, longest, block_budget, token_budget, block_size, console)
+        check_positions(model, longest)
+        wanted = [(q, m) for q in questions for m in chosen]
+        lines = summarise_retrieval(
+            _answered("tasks", wanted, model, tokenizer, origin, as_backend(backend), out, console)
+        )
+    print_retrieval(lines, console)
+    write_summary(json_file, lines)
+
+
+def _answered(
+    kind: str,
+    wanted: Sequence[tuple[Question, Method]],
+    model: Any,
+    tokenizer: Any,
+    origin: rows.Origin,
+    backend: Backend,
+    out: Path | None,
+    console: Console,
+) -> list[rows.Row]:
+    """A row for every question and method that is wanted; those that ``out`` has are not asked again."""
+    template = rows.text_digest(tokenizer.chat_template or "")
+    seen = {row.key: row for row in (rows.read(out) if out else []) if row.eval == kind}
+
+    def key(question: Question, method: Method) -> rows.Key:
+        return rows.key_of(origin, kind, question.digest, method.name, method.config)
+
+    with progress_bar(console, sum(key(q, m) not in seen for q, m in wanted)) as advance:
+        for question in {q.digest: q for q, _ in wanted}.values():
+            missing = [m for q, m in wanted if q.digest == question.digest and key(q, m) not in seen]
+            if not missing:
+                continue
+            for method, found in answer(model, tokenizer, question, missing, backend=backend):
+                row = rows.AnswerRow(
+                    eval=kind, **asdict(origin), method=method.name, config=method.config,
+                    digest=question.digest, task=question.task, length_tokens=question.length_tokens,
+                    prompt_tokens=len(question.token_ids), depth=question.depth, seed=question.seed,
+                    template=template, references=list(question.sample.references), **found._asdict(),
+                )  # fmt: skip
+                if out is not None:
+                    rows.append(out, [row])
+                seen[row.key] = row
+                advance(f"{question.task}, {method.name}")
+    return [seen[key(q, m)] for q, m in wanted]

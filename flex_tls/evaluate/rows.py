@@ -84,18 +84,18 @@ class PplRow(Row):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RetrievalRow(Row):
-    """One sample of one task under one method.
+class AnswerRow(Row):
+    """One sample of one task, made on the spot ("retrieval") or from a file ("tasks"), under one method.
 
     Attributes:
-        task: name of the task.
+        task: name of the task or data set.
         length_tokens: length that was asked for; ``prompt_tokens``: what it came to.
         depth: where the needles asked for lie, 0 at the start and 1 at the end; None for random places.
-        seed: of the sample.
+        seed: of the sample; its line in the file, from 0.
         template: digest of the tokenizer's chat template; "" without one.
         references: what the answer should hold.
         prediction: what the model wrote.
-        score: share of the references that the prediction holds.
+        score: of the prediction by the task's metric, 0 to 1.
     """
 
     task: str
@@ -129,7 +129,12 @@ class AttentionRow(Row):
         return (*super().key, str(self.context_tokens))
 
 
-KINDS: dict[str, type[Row]] = {"ppl": PplRow, "retrieval": RetrievalRow, "attention": AttentionRow}
+KINDS: dict[str, type[Row]] = {
+    "ppl": PplRow,
+    "retrieval": AnswerRow,
+    "tasks": AnswerRow,
+    "attention": AttentionRow,
+}
 
 
 def key_of(origin: Origin, eval: str, digest: str, method: str, config: dict[str, Any] | None) -> Key:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import TLSConfig
 from .bootstrap import Interval, mean_interval, ratio_interval
 from .methods import kept_tokens
-from .rows import AttentionRow, PplRow, RetrievalRow, Row, config_key
+from .rows import AnswerRow, AttentionRow, PplRow, Row, config_key
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 
@@ -109,7 +109,7 @@ def summarise_ppl(rows: Sequence[Row]) -> list[PplSummary]:
 
 def summarise_retrieval(rows: Sequence[Row]) -> list[RetrievalSummary]:
     """A line for each model, task, length, depth and method, in the order of first appearance."""
-    found = [row for row in rows if isinstance(row, RetrievalRow)]
+    found = [row for row in rows if isinstance(row, AnswerRow)]
     dense = {(row.model, row.dtype, row.digest): row.score for row in found if row.config is None}
     groups = _grouped(
         found, lambda r: (r.model, r.dtype, r.task, r.length_tokens, r.depth, r.method, config_key(r.config))

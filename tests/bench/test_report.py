@@ -50,7 +50,7 @@ def other_rows() -> list[rows.Row]:
         for i in range(2)
     ]  # fmt: skip
     found += [
-        rows.RetrievalRow(
+        rows.AnswerRow(
             eval="retrieval", **common, digest=f"{depth}", task="single", length_tokens=100, prompt_tokens=99,
             depth=depth, seed=0, template="", references=["1"], prediction="", score=depth,
         )

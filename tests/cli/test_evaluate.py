@@ -106,7 +106,7 @@ def test_retrieval_tasks_side_by_side(model_folder: Path, tmp_path: Path, monkey
     # Depth is of no matter to counted words
     assert len(found) == (2 + 2 + 1) * 3
     for row in found:
-        assert isinstance(row, rows.RetrievalRow)
+        assert isinstance(row, rows.AnswerRow)
         # Characters are tokens here, and the filler comes in sentences
         assert 900 < row.prompt_tokens <= 1200
         assert 0 <= row.score <= 1
@@ -156,3 +156,20 @@ def test_attention_is_probed_into_rows_once(model_folder: Path, texts: Path, tmp
         assert 0 < line["mass_tokens"]["mean"] <= line["mass_blocks"]["mean"] <= 1.0001
         assert line["worst_layer"] in (2, 3)
     assert "expected one that selects among cached tokens" in failed(*options[:-6], "--methods", "dense,h2o")
+
+
+def test_questions_from_a_longbench_file(model_folder: Path, tmp_path: Path) -> None:
+    path, out, summary = tmp_path / "lcc.jsonl", tmp_path / "rows.jsonl", tmp_path / "summary.json"
+    fields = {"input": "", "context": "x = 1\n" * 200, "answers": ["x = 1"], "dataset": "lcc"}
+    path.write_text("".join(json.dumps({**fields, "context": fields["context"] + str(i)}) + "\n" for i in range(2)))
+    options = ["tasks", path, "--model", model_folder, "--length", "320", *BUDGETS, "--methods", "dense,ours"]
+    assert "lcc" in run(*options, "--out", out, "--json", summary)
+    found = rows.read(out)
+    assert len(found) == 2 * (1 + 2)
+    assert {row.eval for row in found} == {"tasks"}
+    assert all(isinstance(row, rows.AnswerRow) and row.prompt_tokens <= 320 for row in found)
+    assert run(*options, "--out", out)
+    assert rows.read(out) == found
+    assert {line["n_samples"] for line in json.loads(summary.read_text())["results"]} == {2}
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "files: expected questions, got none" in failed("tasks", tmp_path / "empty.jsonl", "--model", model_folder)

@@ -22,8 +22,8 @@ def ppl_row(digest: str, method: str = "dense", kl: float = 0.0, nll: float = 1.
     )  # fmt: skip
 
 
-def retrieval_row(digest: str, score: float, config: dict[str, int] | None) -> rows.RetrievalRow:
-    return rows.RetrievalRow(
+def retrieval_row(digest: str, score: float, config: dict[str, int] | None) -> rows.AnswerRow:
+    return rows.AnswerRow(
         eval="retrieval", **COMMON, method="dense" if config is None else "ours", config=config, digest=digest,
         task="single", length_tokens=100, prompt_tokens=99, depth=None, seed=0, template="", references=["1"],
         prediction="", score=score,
