@@ -129,6 +129,23 @@ def run_decode(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_synthetic(args: argparse.Namespace) -> int:
+    """Selections over planted structure, length by length."""
+    from .synthetic import append, make_context, measure
+
+    device = torch.device(args.device)
+    machine = rows.machine(device, args.commit, args.dirty)
+    for length in args.context:
+        for seed in range(args.seeds):
+            context = make_context(length, n_kv_heads=args.kv_heads, seed=seed, device=device)
+            found = [{**row, "seed": seed} for row in measure(context, args.block_budget, args.token_budget)]
+            append(args.out, machine, found)
+            for row in found:
+                shares = ", ".join(f"{key} {row[key]:.3f}" for key in ("mass_tokens", "heavy_blocks", "needles"))
+                print(f"{length:,} tokens, seed {seed}, {row['method']}: {shares}", flush=True)
+    return 0
+
+
 def plot_operator(args: argparse.Namespace) -> int:
     """Draw the latest rows and print them as a table."""
     from .plots import draw_all
@@ -206,6 +223,17 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
     decode.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
     decode.set_defaults(command=run_decode)
+    synthetic = run.add_parser("synthetic", help="what selections catch of planted attention, up to 256k tokens")
+    synthetic.add_argument("--context", type=_numbers, default=[16384, 32768, 65536, 131072, 262144])
+    synthetic.add_argument("--block-budget", type=int, default=8192)
+    synthetic.add_argument("--token-budget", type=int, default=1024)
+    synthetic.add_argument("--kv-heads", type=int, default=2)
+    synthetic.add_argument("--seeds", type=int, default=3)
+    synthetic.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
+    synthetic.add_argument("--out", type=Path, default=ROWS.with_name("synthetic.jsonl"))
+    synthetic.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
+    synthetic.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
+    synthetic.set_defaults(command=run_synthetic)
     plot = commands.add_parser("plot", help="draw rows").add_subparsers(required=True)
     drawing = plot.add_parser("operator", help="times by provider, over S and over budgets")
     drawing.add_argument("--rows", type=Path, default=ROWS)
