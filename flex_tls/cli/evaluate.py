@@ -29,6 +29,7 @@ from .evaluate_common import (
     JsonFile,
     Methods,
     ModelName,
+    Rope,
     RowsFile,
     TokenBudgets,
     as_backend,
@@ -66,6 +67,7 @@ def ppl(
     step_tokens: Annotated[
         int, typer.Option(min=1, max=16, help="Tokens fed to one decode step; the same result, sooner.")
     ] = 16,
+    rope: Rope = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     backend: BackendName = "auto",
@@ -78,7 +80,7 @@ def ppl(
     length = context_tokens + score_tokens
     with reported(console):
         chosen = chosen_methods(methods, context_tokens, length, block_budget, token_budget, block_size, console)
-        model, tokenizer, origin = load_for_rows(model_name, device, dtype, backend, commit, console)
+        model, tokenizer, origin = load_for_rows(model_name, device, dtype, backend, commit, console, rope)
         check_positions(model, length)
         texts = read_documents(files or library_files(), tokenizer, length, documents)
         seen = {row.key: row for row in (rows.read(out) if out else []) if isinstance(row, rows.PplRow)}

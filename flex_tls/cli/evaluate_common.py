@@ -22,7 +22,7 @@ from ..attention import Backend, check_backend
 from ..evaluate import rows
 from ..evaluate.methods import Method
 from ..evaluate.sets import make_methods
-from .options import config, load_model
+from .options import config, load_model, scale_rope
 from .report import hardware
 
 ModelName = Annotated[
@@ -46,6 +46,9 @@ BackendName = Annotated[
 ]
 RowsFile = Annotated[
     Path | None, typer.Option("--out", help="Rows file (JSONL), appended to; what it holds is not measured again.")
+]
+Rope = Annotated[
+    str | None, typer.Option(help="RoPE scaling for contexts beyond the model's positions: yarn:2 or linear:2.")
 ]
 Commit = Annotated[str | None, typer.Option(help="For a checkout without git's history; asked of git by default.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the summary to this file.")]
@@ -72,15 +75,23 @@ def chosen_methods(
 
 
 def load_for_rows(
-    name: str | None, device: str, dtype: str, backend: str, commit: str | None, console: Console
+    name: str | None,
+    device: str,
+    dtype: str,
+    backend: str,
+    commit: str | None,
+    console: Console,
+    rope: str | None = None,
 ) -> tuple[Any, Any, rows.Origin]:
     """(model, tokenizer, what their rows share)."""
     as_backend(backend)
     with console.status(f"loading {name or 'SmolLM2-135M-Instruct (converted the first time: a minute)'}"):
         model, tokenizer = load_model(name, device, dtype)
+    if rope is not None:
+        scale_rope(model, rope)
     machine = hardware()
     origin = rows.Origin(
-        model=name or "SmolLM2-135M-Instruct",
+        model=(name or "SmolLM2-135M-Instruct") + ("" if rope is None else f", RoPE {rope}"),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(machine["gpu"] if model.device.type == "cuda" else machine["cpu"]),
         flex_tls=__version__,

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from flex_tls.cli import app as cli
+from flex_tls.cli import options
 from flex_tls.evaluate import rows
 from flex_tls.evaluate.tasks import TASKS
 
@@ -173,3 +175,27 @@ def test_questions_from_a_longbench_file(model_folder: Path, tmp_path: Path) -> 
     assert {line["n_samples"] for line in json.loads(summary.read_text())["results"]} == {2}
     (tmp_path / "empty.jsonl").write_text("")
     assert "files: expected questions, got none" in failed("tasks", tmp_path / "empty.jsonl", "--model", model_folder)
+
+
+@pytest.mark.parametrize("spec", ["yarn:2", "linear:2"])
+def test_scaled_positions_reach_further(model_folder: Path, spec: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model, _ = options.load_model(str(model_folder), "cpu", "float32")
+    reach = model.config.max_position_embeddings
+    options.scale_rope(model, spec)
+    assert model.config.max_position_embeddings == 2 * reach
+    # As if it had been loaded with the scaling in its configuration
+    config = AutoConfig.from_pretrained(model_folder)
+    config.rope_parameters = dict(model.config.rope_parameters)
+    config.max_position_embeddings = 2 * reach
+    other = AutoModelForCausalLM.from_pretrained(model_folder, config=config, dtype=torch.float32)
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, other(ids).logits)
+
+
+@pytest.mark.parametrize("spec", ["yarn", "dynamic:2", "yarn:1", "yarn:x"])
+def test_a_scaling_that_there_is_not_is_refused(spec: str) -> None:
+    with pytest.raises(typer.BadParameter, match="expected yarn or linear and a factor above 1"):
+        options.scale_rope(None, spec)
