@@ -238,18 +238,22 @@ def _attention(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str
         yield f"No rows yet: `{command} --out bench/results/accuracy-attention.jsonl`.\n"
         return
     yield (
-        "Heavy tokens are the fewest that hold 90 % of a query head's attention. `" + command + " --out "
+        "Heavy tokens are the fewest that hold 90 % of a query head's attention. Missed at most: the bound on the mass "
+        "outside of the kept tokens that boxes give (`return_bound`), next to one less the mass on them. `"
+        + command
+        + " --out "
         "bench/results/accuracy-attention.jsonl`\n"
     )
     table = [("method", "blocks, tokens", "mass in blocks", "mass on tokens", "heavy in blocks", "heavy among tokens",
-              "worst layer, heavy in blocks", "locality", "documents")]  # fmt: skip
+              "worst layer, heavy in blocks", "locality", "missed at most", "documents")]  # fmt: skip
     for number, line in enumerate(summarise_attention(rows)):
         assert line.config is not None
         figures = (line.mass_blocks, line.mass_tokens, line.heavy_blocks, line.heavy_tokens)
         table.append((
             f"`{line.method}`", f"{line.config['block_budget']:,}, {line.config['token_budget'] or 'all'}",
             *(_percent(x) for x in figures), f"{line.worst_layer}: {line.worst_heavy_blocks:.1%}",
-            _percent(line.locality), str(line.n_documents),
+            _percent(line.locality), "" if line.missed_bound is None else _percent(line.missed_bound),
+            str(line.n_documents),
         ))  # fmt: skip
         if line.method.startswith(BASE):
             same = [

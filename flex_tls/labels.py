@@ -148,10 +148,11 @@ class TokenLabels:
         n_channels = asked.shape[-1] if dims is None else min(dims, asked.shape[-1])
         # Sums of integers below 2**24, exact in float32 and faster than in int32
         if not torch.compiler.is_compiling():
-            place = torch.arange(0, 32, self.bits, dtype=torch.int32, device=q.device)
+            shift = torch.arange(0, 32, self.bits, dtype=torch.int32, device=q.device)
             words = self.codes[:, :, : -(-n_channels // per_word), None]
-            values = ((words >> place[:, None]) & (2**self.bits - 1)).flatten(2, 3)[:, :, :n_channels]
-            return base + unit * (asked[..., :n_channels] @ values.to(torch.float32))
+            values = ((words >> shift[:, None]) & (2**self.bits - 1)).flatten(2, 3)[:, :, :n_channels]
+            scores: Tensor = base + unit * (asked[..., :n_channels] @ values.to(torch.float32))
+            return scores
         total = torch.zeros_like(base)
         for channel in range(n_channels):
             word, place = divmod(channel, per_word)

@@ -19,7 +19,7 @@ from ..dense import MASK_ELEMENTS
 from ..selection import keep_best
 
 
-class EvictionLayer(TLSLayer):
+class EvictionLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
     """One layer that keeps, per row and KV head, ``token_budget`` tokens: the newest and those of the largest weight.
 
     A token's weight is the sum of its softmax weights under all queries since it came, query heads of a group together:

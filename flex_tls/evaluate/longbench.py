@@ -131,7 +131,7 @@ def read_questions(
     Raises:
         ValueError: names the line and what is wrong with it, or the data set that is not known.
     """
-    found = []
+    found: list[Question] = []
     for place, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
         if len(found) == limit:
             break

@@ -74,7 +74,7 @@ def score_documents(
         for logits in _forced(step, ids, context_tokens, step_tokens):
             dense.append(logits)
             on_step(DENSE)
-    targets = ids[:, context_tokens:].split(step_tokens, dim=1)
+    targets = ids[:, context_tokens:].split(step_tokens, dim=1)  # type: ignore[no-untyped-call,unused-ignore]
     nll_dense = -sum((_picked(_log_p(x), t) for x, t in zip(dense, targets, strict=True)), torch.zeros(())) / n_scored
     for method in methods:
         if method.cfg is None:
@@ -95,7 +95,7 @@ def score_documents(
 
 def _forced(step: Step, ids: Tensor, context_tokens: int, step_tokens: int) -> Iterator[Tensor]:
     """Logits [B, T, V] for the tokens from ``context_tokens`` on, ``step_tokens`` at a time, fed those before them."""
-    for tokens in ids[:, context_tokens - 1 : -1].split(step_tokens, dim=1):
+    for tokens in ids[:, context_tokens - 1 : -1].split(step_tokens, dim=1):  # type: ignore[no-untyped-call,unused-ignore]
         yield step(tokens)
 
 

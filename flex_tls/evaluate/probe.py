@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ..attention import Backend
+from ..bound import missed_mass_bound
 from ..index import KVIndex
 from ..mods import MaskMod, apply_mods
 from ..record import Recorder
 from ..selection import BlockSelection, TokenSelection
+from ..summaries import MinMaxSummary
 from .methods import Method
 from .prefilled import Prefilled
 
@@ -29,6 +31,8 @@ class Catch(NamedTuple):
         heavy_blocks, heavy_tokens: [layer][query head], share of the heavy tokens inside the kept blocks, and among
             the kept tokens.
         locality: [layer], share of a query's blocks that the query before it had selected too.
+        missed_bound: [layer][query head], upper bound on the mass that is not on the kept tokens
+            (:func:`flex_tls.bound.missed_mass_bound`); empty for an index without boxes.
     """
 
     layers: list[int]
@@ -37,6 +41,7 @@ class Catch(NamedTuple):
     heavy_blocks: list[list[float]]
     heavy_tokens: list[list[float]]
     locality: list[float]
+    missed_bound: list[list[float]]
 
 
 class Probe(Recorder):
@@ -45,6 +50,7 @@ class Probe(Recorder):
     def __init__(self) -> None:
         super().__init__()
         self._sums: dict[int, Tensor] = {}
+        self._bounds: dict[int, Tensor] = {}
         self._local: dict[int, Tensor] = {}
         self._last: dict[int, Tensor] = {}
         self._counts: dict[int, int] = {}
@@ -66,6 +72,10 @@ class Probe(Recorder):
         kept_blocks = blocks.kept()
         shares = caught(q, k, kept_blocks, blocks.block_size, tokens, scale=scale, mask_mod=mask_mod)
         self._sums[layer] = self._sums.get(layer, 0.0) + shares.sum(-1)
+        if isinstance(index.summary, MinMaxSummary):
+            lse = kept_lse(q, k, tokens, scale=scale, mask_mod=mask_mod)
+            bound = missed_mass_bound(q, index, tokens, lse, scale=scale, mask_mod=mask_mod).sum(-1)
+            self._bounds[layer] = self._bounds.get(layer, 0.0) + bound
         before = self._last.get(layer)
         chain = kept_blocks if before is None else torch.cat([before, kept_blocks], dim=2)
         both = (chain[:, :, 1:] & chain[:, :, :-1]).sum((1, 3)) / chain[:, :, 1:].sum((1, 3)).clamp_min(1)
@@ -80,8 +90,10 @@ class Probe(Recorder):
             raise ValueError("probe: expected sparse steps, got none; lower the budgets or lengthen the context")
         shares = torch.stack([self._sums[i] / self._counts[i] for i in layers], dim=2).cpu()
         local = torch.stack([self._local[i].mean(1) for i in layers], dim=1).cpu()
-        rows = zip(shares.transpose(0, 1), local, strict=True)
-        return [Catch(layers, *(_rounded(x) for x in share), _rounded(where)) for share, where in rows]
+        bounds = [self._bounds[i] / self._counts[i] for i in layers] if self._bounds else []
+        bound = torch.stack(bounds, dim=1).cpu() if bounds else local[:, :0]
+        rows = zip(*shares.unbind(), local, bound, strict=True)
+        return [Catch(layers, *(_rounded(values) for values in row)) for row in rows]
 
 
 def caught(
@@ -115,6 +127,15 @@ def caught(
     return torch.where(heavy.any(-1), found, 1.0).reshape(4, b, hq, t)
 
 
+def kept_lse(q: Tensor, k: Tensor, tokens: TokenSelection, *, scale: float, mask_mod: MaskMod | None = None) -> Tensor:
+    """Log-sum-exp of the kept tokens' exact scores: float32 [B, HQ, T]."""
+    b, hq, t, d = q.shape
+    hkv, s = k.shape[1], k.shape[2]
+    scores = q.float().reshape(b, hkv, hq // hkv, t, d) @ k.float()[:, :, None].transpose(-1, -2) * scale
+    scores = apply_mods(scores, tokens.positions, s, None, mask_mod)
+    return scores.masked_fill(~tokens.mask[..., :s][:, :, None], -torch.inf).logsumexp(-1).reshape(b, hq, t)
+
+
 def probe_documents(
     model: Any, ids: Tensor, context_tokens: int, method: Method, *, backend: Backend = "auto", step_tokens: int = 16
 ) -> tuple[str, list[Catch]]:
@@ -122,7 +143,7 @@ def probe_documents(
     prompt = Prefilled(model, ids[:, : context_tokens - 1], ids.shape[1] - context_tokens, backend)
     probe = Probe()
     with prompt.decoding(method, probe) as step:
-        for tokens in ids[:, context_tokens - 1 : -1].split(step_tokens, dim=1):
+        for tokens in ids[:, context_tokens - 1 : -1].split(step_tokens, dim=1):  # type: ignore[no-untyped-call,unused-ignore]
             step(tokens)
     return prompt.backend_for(method), probe.catches()
 

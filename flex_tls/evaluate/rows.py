@@ -122,6 +122,7 @@ class AttentionRow(Row):
     heavy_blocks: list[list[float]]
     heavy_tokens: list[list[float]]
     locality: list[float]
+    missed_bound: list[list[float]]
 
     @property
     def key(self) -> Key:

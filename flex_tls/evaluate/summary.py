@@ -79,7 +79,8 @@ class AttentionSummary:
     """One method over documents: means over sparse layers, query heads and tokens, with intervals over documents.
 
     Attributes:
-        mass_blocks, mass_tokens, heavy_blocks, heavy_tokens, locality: as in :class:`.probe.Catch`.
+        mass_blocks, mass_tokens, heavy_blocks, heavy_tokens, locality, missed_bound: as in :class:`.probe.Catch`; the
+            last is None for an index without boxes.
         worst_layer: the one whose kept blocks hold the smallest share of the heavy tokens; ``worst_heavy_blocks``: that
             share, mean over documents.
     """
@@ -94,6 +95,7 @@ class AttentionSummary:
     heavy_blocks: Interval
     heavy_tokens: Interval
     locality: Interval
+    missed_bound: Interval | None
     worst_layer: int
     worst_heavy_blocks: float
 
@@ -181,6 +183,7 @@ def _attention(rows: Sequence[AttentionRow]) -> AttentionSummary:
         interval("heavy_blocks"),
         interval("heavy_tokens"),
         interval("locality"),
+        interval("missed_bound") if first.missed_bound else None,
         first.layers[worst],
         float(per_layer[worst]),
     )

@@ -45,7 +45,8 @@ def other_rows() -> list[rows.Row]:
     found: list[rows.Row] = [
         rows.AttentionRow(
             eval="attention", **common, digest=str(i), document="d", context_tokens=4096, score_tokens=8, layers=[2, 3],
-            mass_blocks=table, mass_tokens=table, heavy_blocks=table, heavy_tokens=table, locality=[0.8, 0.9],
+            mass_blocks=table, mass_tokens=table, heavy_blocks=table, heavy_tokens=table,
+            locality=[0.8, 0.9], missed_bound=table,
         )
         for i in range(2)
     ]  # fmt: skip

@@ -64,6 +64,15 @@ def test_documents_are_probed_layer_by_layer() -> None:
         torch.testing.assert_close(torch.tensor(value), torch.tensor(getattr(second, name)), rtol=0, atol=2e-4)
 
 
+def test_boxes_bound_what_is_missed() -> None:
+    for index, has_bound in (("lowrank", False), ("quest", True), ("box", True)):
+        method = Method(index, dataclasses.replace(SPARSE, index=index))
+        catch = probe_documents(make(), documents(1, 110), 100, method, backend="reference", step_tokens=4)[1][0]
+        assert bool(catch.missed_bound) == has_bound
+        if has_bound:
+            assert bool((torch.tensor(catch.missed_bound) + 2e-4 >= 1 - torch.tensor(catch.mass_tokens)).all())
+
+
 def test_a_context_that_the_budgets_hold_has_nothing_to_probe() -> None:
     for method in (Method("ours", FULL), Method(DENSE, None)):
         with pytest.raises(ValueError, match="probe: expected sparse steps, got none"):
