@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,9 @@ def _accuracy(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
     names = {*COMPARISON, f"{BASE}:block_reduce=logsumexp", "oracle:block_reduce=logsumexp"}
     rows = [row for row in found if isinstance(row, PplRow) and (row.config is None or row.method in names)]
     everything = summarise_ppl(rows)
-    lines = [line for line in everything if line.config is not None]
+    counts = Counter(line.context_tokens for line in everything)
+    # Lengths at which an ablation alone was measured have their own section
+    lines = [line for line in everything if line.config is not None and counts[line.context_tokens] > 4]
     if not lines:
         yield f"No rows yet: `{COMPARE} --out bench/results/accuracy.jsonl`.\n"
         return
@@ -174,7 +177,7 @@ def _targets(found: Sequence[Row]) -> Iterator[str]:
 def _ablation(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]:
     yield "## What each component contributes\n"
     command = _on_the_choosing_half("ablate")
-    studies = ablations(found)
+    studies = [(line, changes) for line, changes in ablations(found) if len(changes) > 2]
     if not studies:
         yield f"No rows yet: `{command} --out bench/results/accuracy-ablation.jsonl`.\n"
         return

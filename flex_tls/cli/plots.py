@@ -11,6 +11,7 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from ..config import TLSConfig
 from ..evaluate.bootstrap import Interval
@@ -70,6 +71,8 @@ def plot_frontier(lines: Sequence[PplSummary], path: Path) -> None:
         best = pareto(lines, field)
         axis.plot([100 * getattr(x, field) for x in best], [x.kl.mean for x in best], color="black", lw=0.8, zorder=0)
         axis.set(xscale="log", yscale="log")
+        for part in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            part(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_xlabel(f"bytes {'held to select' if field == 'index_share' else 'read by a step'}, % of the KV bytes")
     axes[0].set_ylabel("KL(dense ||) per token")
     axes[1].legend(fontsize=7)
