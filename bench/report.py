@@ -95,8 +95,12 @@ def _origin(found: Sequence[Row]) -> Iterator[str]:
 
 def _accuracy(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]:
     yield "## Accuracy at equal budgets\n"
-    names = {*COMPARISON, f"{BASE}:block_reduce=logsumexp", "oracle:block_reduce=logsumexp"}
-    rows = [row for row in found if isinstance(row, PplRow) and (row.config is None or row.method in names)]
+    names = {*COMPARISON, "oracle:block_reduce=logsumexp"}
+    rows = [
+        row for row in found
+        if isinstance(row, PplRow)
+        and (row.config is None or row.method in names or row.method.startswith(f"{BASE}:block_reduce=logsumexp"))
+    ]  # fmt: skip
     everything = summarise_ppl(rows)
     counts = Counter(line.context_tokens for line in everything)
     # Lengths at which an ablation alone was measured have their own section
