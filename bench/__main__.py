@@ -152,6 +152,23 @@ def _offload_quality(args: argparse.Namespace, device: torch.device) -> Iterator
         yield from measure(model, "smollm2-135m", text, each, scored, cfg, args.pool, list(PROVIDERS))
 
 
+def run_synthetic(args: argparse.Namespace) -> int:
+    """Selections over planted structure, length by length."""
+    from .synthetic import append, make_context, measure
+
+    device = torch.device(args.device)
+    machine = rows.machine(device, args.commit, args.dirty)
+    for length in args.context:
+        for seed in range(args.seeds):
+            context = make_context(length, n_kv_heads=args.kv_heads, seed=seed, device=device)
+            found = [{**row, "seed": seed} for row in measure(context, args.block_budget, args.token_budget)]
+            append(args.out, machine, found)
+            for row in found:
+                shares = ", ".join(f"{key} {row[key]:.3f}" for key in ("mass_tokens", "heavy_blocks", "needles"))
+                print(f"{length:,} tokens, seed {seed}, {row['method']}: {shares}", flush=True)
+    return 0
+
+
 def plot_operator(args: argparse.Namespace) -> int:
     """Draw the latest rows and print them as a table."""
     from .plots import draw_all
@@ -164,6 +181,33 @@ def plot_operator(args: argparse.Namespace) -> int:
     found = [row for row in found if row.gpu == gpu]
     written = draw_all(found, args.out or args.rows.with_suffix(".svg"))
     print(f"{table(found)}\n\nwrote {', '.join(map(str, written))}")
+    return 0
+
+
+def carry(args: argparse.Namespace) -> int:
+    """Write what a machine without a network needs to measure accuracy."""
+    from .carry import write_carry
+
+    written = write_carry(args.out)
+    for part in sorted({path.relative_to(args.out).parts[0] for path in written}):
+        n_bytes = sum(path.stat().st_size for path in written if path.relative_to(args.out).parts[0] == part)
+        print(f"{args.out / part}: {n_bytes / 2**20:.1f} MiB")
+    return 0
+
+
+def corpus(args: argparse.Namespace) -> int:
+    """Write the texts that accuracy is measured on."""
+    from .corpus import write_corpus
+
+    print(f"{len(write_corpus(args.out))} documents under {args.out}")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write the report and its pictures from the rows that there are."""
+    from .report import write_report
+
+    print("\n".join(map(str, write_report(args.results, args.out))))
     return 0
 
 
@@ -204,12 +248,33 @@ def _parser() -> argparse.ArgumentParser:
     offload.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
     offload.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
     offload.set_defaults(command=run_offload)
+    synthetic = run.add_parser("synthetic", help="what selections catch of planted attention, up to 256k tokens")
+    synthetic.add_argument("--context", type=_numbers, default=[16384, 32768, 65536, 131072, 262144])
+    synthetic.add_argument("--block-budget", type=int, default=8192)
+    synthetic.add_argument("--token-budget", type=int, default=1024)
+    synthetic.add_argument("--kv-heads", type=int, default=2)
+    synthetic.add_argument("--seeds", type=int, default=3)
+    synthetic.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
+    synthetic.add_argument("--out", type=Path, default=ROWS.with_name("synthetic.jsonl"))
+    synthetic.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
+    synthetic.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
+    synthetic.set_defaults(command=run_synthetic)
     plot = commands.add_parser("plot", help="draw rows").add_subparsers(required=True)
     drawing = plot.add_parser("operator", help="times by provider, over S and over budgets")
     drawing.add_argument("--rows", type=Path, default=ROWS)
     drawing.add_argument("--out", type=Path, help="first picture, .svg or .png; others beside it")
     drawing.set_defaults(command=plot_operator)
     model_commands.add(run, plot, _numbers)
+    texts = commands.add_parser("corpus", help="fetch the texts that accuracy is measured on")
+    texts.add_argument("--out", type=Path, default=rows.ROOT / "out" / "texts")
+    texts.set_defaults(command=corpus)
+    carried = commands.add_parser("carry", help="weights in two halves, wheels and texts, for a machine offline")
+    carried.add_argument("--out", type=Path, default=rows.ROOT / ".carry")
+    carried.set_defaults(command=carry)
+    reported = commands.add_parser("report", help="docs/report.md and its pictures, from rows of flex-tls eval")
+    reported.add_argument("--results", type=Path, default=rows.ROOT / "bench" / "results", help="of accuracy*.jsonl")
+    reported.add_argument("--out", type=Path, default=rows.ROOT / "docs" / "report.md")
+    reported.set_defaults(command=report)
     return parser
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_tensor
+from .bound import missed_mass_bound
 from .config import TLSConfig
 from .flex import attend_flex
 from .fused import attend_fused, selections, why_not_fused
@@ -25,12 +26,16 @@ class BackendUnavailable(RuntimeError):
 
 
 class Attended(NamedTuple):
-    """Result of one call: out [B, HQ, T, D]; lse float32 [B, HQ, T], natural log, if asked for; the selections."""
+    """Result of one call: out [B, HQ, T, D]; lse float32 [B, HQ, T], natural log, if asked for; the selections.
+
+    ``bound`` float32 [B, HQ, T], if asked for: at most this share of the attention was missed.
+    """
 
     out: Tensor
     lse: Tensor | None
     blocks: BlockSelection | None
     tokens: TokenSelection | None
+    bound: Tensor | None = None
 
 
 def check_backend(backend: Backend) -> None:
@@ -58,13 +63,27 @@ def resolve_backend(
 @overload
 def two_level_attention(
     q: Tensor, k: Tensor, v: Tensor, index: KVIndex, cfg: TLSConfig, *, score_mod: ScoreMod | None = ...,
-    mask_mod: MaskMod | None = ..., scale: float | None = ..., backend: Backend = ..., return_lse: Literal[False] = ...,
+    mask_mod: MaskMod | None = ..., scale: float | None = ..., backend: Backend = ...,
+    return_lse: Literal[False] = ..., return_bound: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def two_level_attention(
     q: Tensor, k: Tensor, v: Tensor, index: KVIndex, cfg: TLSConfig, *, score_mod: ScoreMod | None = ...,
-    mask_mod: MaskMod | None = ..., scale: float | None = ..., backend: Backend = ..., return_lse: Literal[True],
+    mask_mod: MaskMod | None = ..., scale: float | None = ..., backend: Backend = ...,
+    return_lse: Literal[True], return_bound: Literal[False] = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def two_level_attention(
+    q: Tensor, k: Tensor, v: Tensor, index: KVIndex, cfg: TLSConfig, *, score_mod: ScoreMod | None = ...,
+    mask_mod: MaskMod | None = ..., scale: float | None = ..., backend: Backend = ...,
+    return_lse: Literal[False] = ..., return_bound: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def two_level_attention(
+    q: Tensor, k: Tensor, v: Tensor, index: KVIndex, cfg: TLSConfig, *, score_mod: ScoreMod | None = ...,
+    mask_mod: MaskMod | None = ..., scale: float | None = ..., backend: Backend = ...,
+    return_lse: Literal[True], return_bound: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 def two_level_attention(
     q: Tensor,
     k: Tensor,
@@ -77,7 +96,8 @@ def two_level_attention(
     scale: float | None = None,
     backend: Backend = "auto",
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_bound: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Attend to what two levels of selection keep. Append the new keys to ``index`` first, then attend.
 
     Args:
@@ -91,9 +111,11 @@ def two_level_attention(
         backend: ``"reference"`` (eager oracle), ``"flex"`` (compiled FlexAttention, CUDA and CPU), ``"triton"`` (fused,
             CUDA, index "lowrank", no mods), ``"auto"``: triton where it can run, flex elsewhere.
         return_lse: also return the log-sum-exp of the kept scores, float32 [B, HQ, T], natural log.
+        return_bound: also return an upper bound on the share of full attention's weight that was not kept, float32
+            [B, HQ, T]; for index "quest" or "box", without a score_mod. See :func:`flex_tls.bound.missed_mass_bound`.
 
     Returns:
-        [B, HQ, T, D] in q's dtype. A query with nothing to see gets 0 (lse -inf).
+        [B, HQ, T, D] in q's dtype, then what else was asked for. A query with nothing to see gets 0 (lse -inf).
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices that do not fit, an empty index, another block size.
@@ -103,12 +125,11 @@ def two_level_attention(
     """
     result = attend(
         q, k, v, index, cfg,
-        score_mod=score_mod, mask_mod=mask_mod, scale=scale, backend=backend, return_lse=return_lse, selected=False,
+        score_mod=score_mod, mask_mod=mask_mod, scale=scale, backend=backend, return_lse=return_lse,
+        return_bound=return_bound, selected=False,
     )  # fmt: skip
-    if return_lse:
-        assert result.lse is not None
-        return result.out, result.lse
-    return result.out
+    more = [x for x in (result.lse, result.bound) if x is not None]
+    return (result.out, *more) if more else result.out
 
 
 def attend(
@@ -123,9 +144,19 @@ def attend(
     scale: float | None = None,
     backend: Backend = "auto",
     return_lse: bool = False,
+    return_bound: bool = False,
     selected: bool = True,
 ) -> Attended:
     """:func:`two_level_attention` with the selections that it used; ``selected=False`` if nobody looks at them."""
+    if return_bound:
+        if score_mod is not None:
+            raise ValueError("return_bound: expected no score_mod, which may raise any score; leave one of them out")
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        result = attend(q, k, v, index, cfg, mask_mod=mask_mod, scale=scale, backend=backend, return_lse=True)
+        assert result.lse is not None
+        assert result.tokens is not None
+        bound = missed_mass_bound(q, index, result.tokens, result.lse, scale=scale, mask_mod=mask_mod)
+        return result._replace(lse=result.lse if return_lse else None, bound=bound)
     check_tensor("q", q, (index.batch_size, None, None, index.head_dim), "B, HQ, T, D")
     shape = (index.batch_size, index.n_kv_heads, index.capacity_tokens, index.head_dim)
     check_tensor("k", k, shape, "B, HKV, S, D", like=q)

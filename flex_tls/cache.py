@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from . import saved
 from .attention import Backend, check_backend, resolve_backend
+from .audit import Auditor, OnDrift
 from .cache_layer import Shared, TLSLayer, new_index
 from .config import TLSConfig
 from .fused import why_not_here
@@ -39,10 +40,16 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         device: where the buffers live; that of the first keys by default.
         backend: of :func:`flex_tls.two_level_attention`.
         offload: hold keys and values in host memory and some blocks on the device. Layers that attend to everything in
-            every step (the first ``dense_layers``) or to a sliding window stay on the device.
+            every step (``dense_layers``) or to a sliding window stay on the device.
+        audit_every: decode steps between two comparisons of one layer's selection with its true attention, which reads
+            all of the layer's keys; None for none. What they find is in ``auditor.stats()``.
+        on_drift: what happens to a layer that keeps less of the true attention than ``least_mass``: ``"report"``
+            alone, ``"widen"`` doubles its budgets, ``"dense"`` lets it attend densely from then on.
+        least_mass: a share.
 
     Attributes:
         recorder: set a :class:`flex_tls.record.Recorder` to collect what sparse steps keep and read.
+        auditor: the :class:`flex_tls.audit.Auditor`, or None.
 
     Raises:
         ValueError: a model that is not supported, a length or batch size below 1, a pool too small for a step.
@@ -62,6 +69,9 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         device: torch.device | str | None = None,
         backend: Backend = "auto",
         offload: OffloadConfig | None = None,
+        audit_every: int | None = None,
+        on_drift: OnDrift = "report",
+        least_mass: float = 0.9,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("max_len", max_len)):
             if value < 1:
@@ -69,6 +79,14 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         check_backend(backend)
         shape = read_model_config(model_config)
         self._shared = Shared(cfg or TLSConfig(), backend, shape, max_len, Progress(batch_size))
+        if audit_every is not None:
+            if offload is not None:
+                raise ValueError(
+                    f"audit_every: expected None with offload, got {audit_every}; an audit reads all keys of a layer, "
+                    "which are in host memory then"
+                )
+            sparse = [i for i in range(shape.n_layers) if not self.cfg.is_dense(i)]
+            self._shared.auditor = Auditor(sparse, audit_every, on_drift, least_mass)
         self._dtype = dtype
         self._device = None if device is None else torch.device(device)
         # Steps that flex_tls.decode compiled, each of which holds its model; they live as long as the buffers they read
@@ -192,6 +210,11 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     @recorder.setter
     def recorder(self, recorder: Recorder | None) -> None:
         self._shared.recorder = recorder
+
+    @property
+    def auditor(self) -> Auditor | None:
+        """The drift monitor, if ``audit_every`` asked for one."""
+        return self._shared.auditor
 
     @property
     def cfg(self) -> TLSConfig:
@@ -362,7 +385,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         dtype = dtype or self.dtype
         tokens = self.batch_size * shared.capacity_tokens
         kv = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * tokens * dtype.itemsize
-        n_indexed = max(shape.n_layers - shared.cfg.dense_layers, 0)
+        n_indexed = sum(not shared.cfg.is_dense(i) for i in range(shape.n_layers))
         return kv, n_indexed * new_index(shared, dtype, torch.device("meta")).nbytes
 
     def _device_bytes(self, max_len: int, dtype: torch.dtype) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention import Attended, Backend, attend
+from .audit import Auditor
 from .config import TLSConfig
 from .dense import causal_attention, chunk_attention, dense_attention
 from .index import KeyChunks, KVIndex
@@ -40,6 +41,7 @@ class Shared:
     max_len: int
     progress: Progress
     recorder: Recorder | None = None
+    auditor: Auditor | None = None
 
     @property
     def capacity_tokens(self) -> int:
@@ -77,7 +79,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         b, s = shared.progress.batch_size, shared.capacity_tokens
         self.keys = torch.zeros(b, shared.shape.n_kv_heads, s, shared.shape.head_dim, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        if self.layer_idx >= shared.cfg.dense_layers:
+        if not shared.cfg.is_dense(self.layer_idx):
             self.index = new_index(shared, dtype, device)
         self.is_initialized = True
 
@@ -132,7 +134,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         """Attention of the step's queries q [B, HQ, T, D], after :meth:`update`; the last layer ends the step.
 
         A prompt attends densely and its index is built; so do chunks of more than ``sparse_query_tokens`` queries,
-        the first ``dense_layers`` layers, and contexts that the budgets hold whole. All else is two-level attention.
+        ``dense_layers``, and contexts that the budgets hold whole. All else is two-level attention.
         """
         step, progress = self._step, self.shared.progress
         if step is None or step is not progress.step:
@@ -162,8 +164,8 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
     def why_dense(self, n_new: int, longest: int) -> str | None:
         """Why ``n_new`` tokens that make the longest row ``longest`` attend densely; None if they select."""
         cfg, reach = self.shared.cfg, self.reach(longest)
-        if self.layer_idx < cfg.dense_layers:
-            return f"dense_layers={cfg.dense_layers}: the first layers stay dense"
+        if cfg.is_dense(self.layer_idx):
+            return f"dense_layers={cfg.dense_layers}: this layer stays dense"
         if n_new > cfg.sparse_query_tokens:
             return f"{n_new:,} query tokens, more than sparse_query_tokens={cfg.sparse_query_tokens}"
         if reach <= cfg.dense_up_to_tokens:
@@ -284,12 +286,22 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         n_read = step.n_new * sum(min(n, reach) for n in step.lens_after)
         if recorder is not None and self.layer_idx == 0:
             recorder.count_tokens(step.n_new * len(step.lens_after))
-        if index is None or not index.fitted_tokens or self.why_dense(step.n_new, step.longest) is not None:
+        auditor = shared.auditor if decoding else None
+        if auditor is not None:
+            if self.layer_idx == 0:
+                auditor.count_step()
+            cfg = auditor.config(self.layer_idx, cfg)
+        dense = self.why_dense(step.n_new, step.longest) is not None
+        if dense or index is None or not index.fitted_tokens or self.reach(step.longest) <= cfg.dense_up_to_tokens:
             if recorder is not None:
                 recorder.add_dense(n_read, 2 * keys.shape[1] * keys.shape[3] * keys.element_size())
             return self._attend_all(q, step, scale)
         mask_mod = None if self.window is None else window_mask(self.window)
-        result = self._attend_two_levels(q, step, index, mask_mod, scale, recorder is not None)
+        audited = auditor is not None and auditor.wants(self.layer_idx)
+        result = self._attend_two_levels(q, step, index, cfg, mask_mod, scale, recorder is not None or audited)
+        if auditor is not None and audited:
+            assert result.tokens is not None
+            auditor.add(self.layer_idx, q, keys, result.tokens, cfg, scale=scale, mask_mod=mask_mod)
         if recorder is not None:
             assert result.blocks is not None
             assert result.tokens is not None
@@ -308,11 +320,12 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         return dense_attention(q, keys, values, step.seq_lens, scale=scale, window=self.window, same_length=same)
 
     def _attend_two_levels(
-        self, q: Tensor, step: Step, index: KVIndex, mask_mod: MaskMod | None, scale: float, selected: bool
-    ) -> Attended:
+        self, q: Tensor, step: Step, index: KVIndex, cfg: TLSConfig, mask_mod: MaskMod | None, scale: float,
+        selected: bool,
+    ) -> Attended:  # fmt: skip
         """Attention to what two levels keep; the selections too if ``selected``."""
         return attend(
-            q, *self.buffers(), index, self.shared.cfg,
+            q, *self.buffers(), index, cfg,
             mask_mod=mask_mod, scale=scale, backend=self.shared.backend, selected=selected,
         )  # fmt: skip
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 IndexKind = Literal["lowrank", "box", "quest", "mean", "oracle"]
-GroupReduce = Literal["softmax_mean", "max", "mean"]
+LabelBasis = Literal["lowrank", "channels"]
+GroupReduce = Literal["softmax_mean", "softmax_max", "max", "mean"]
 BlockReduce = Literal["max", "logsumexp"]
 
 
@@ -27,13 +28,17 @@ class TLSConfig:
             ``"oracle"``: exact keys kept as labels, for tests and upper bounds.
         label_dims: channels of a token label (C), cut to the head dimension; a label takes whole 32-bit words.
         label_bits: bits per label channel; 2, 4 or 8.
+        label_basis: what a label's channels are. ``"lowrank"``: directions fitted to keys and queries (default);
+            ``"channels"``: the key's own channels of the largest products with queries (Double Sparsity,
+            arXiv 2408.07092, with the prompt for calibration).
         filter_dims: leading channels of a label that level 1 reads, whole 32-bit words; all (None) by default. Half of
             them halve the bytes of level 1, which reads every label; level 2 reads whole labels of few tokens.
         block_reduce: how ``"lowrank"`` and ``"oracle"`` turn token scores into a block score.
         box_radius: share of a box's half-width that counts; 1 is Quest's bound, 0 its mid-point.
-        group_reduce: how the query heads of one KV head agree. ``"softmax_mean"``: mean of each head's softmax;
-            ``"max"``/``"mean"``: of the raw scores.
-        dense_layers: first layers of a model that stay dense (used by ``TLSCache``, not by the operator).
+        group_reduce: how the query heads of one KV head agree. ``"softmax_mean"``/``"softmax_max"``: mean or largest of
+            the heads' softmax; ``"max"``/``"mean"``: of the raw scores.
+        dense_layers: layers of a model that stay dense: how many of the first, or which ones (used by ``TLSCache``, not
+            by the operator).
         sparse_query_tokens: chunks of more query tokens than this attend densely in a model (prefill).
     """
 
@@ -45,23 +50,25 @@ class TLSConfig:
     index: IndexKind = "lowrank"
     label_dims: int = 32
     label_bits: int = 4
+    label_basis: LabelBasis = "lowrank"
     filter_dims: int | None = None
     block_reduce: BlockReduce = "max"
     box_radius: float = 0.35
     group_reduce: GroupReduce = "softmax_mean"
-    dense_layers: int = 2
+    dense_layers: int | tuple[int, ...] = 2
     sparse_query_tokens: int = 16
 
     def __post_init__(self) -> None:
         self._choice("block_size", (16, 32, 64, 128))
         self._choice("label_bits", (2, 4, 8))
         self._choice("index", get_args(IndexKind))
+        self._choice("label_basis", get_args(LabelBasis))
         self._choice("group_reduce", get_args(GroupReduce))
         self._choice("block_reduce", get_args(BlockReduce))
         self._at_least("sink_tokens", 0)
         self._at_least("recent_tokens", 1)
         self._at_least("label_dims", 1)
-        self._at_least("dense_layers", 0)
+        self._check_dense_layers()
         self._at_least("sparse_query_tokens", 1)
         per_word = 32 // self.label_bits
         if self.filter_dims is not None and (
@@ -109,6 +116,20 @@ class TLSConfig:
         """Longest context of which the budgets drop nothing, so that dense attention gives the same result."""
         held = self.kept_blocks * self.block_size
         return held if self.token_budget is None else min(held, self.token_budget)
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether this layer of a model stays dense."""
+        return layer < self.dense_layers if isinstance(self.dense_layers, int) else layer in self.dense_layers
+
+    def _check_dense_layers(self) -> None:
+        if isinstance(self.dense_layers, int):
+            self._at_least("dense_layers", 0)
+            return
+        layers = tuple(self.dense_layers)
+        if any(not isinstance(x, int) or x < 0 for x in layers):
+            raise ValueError(f"dense_layers: expected a count or layer numbers from 0 on, got {self.dense_layers!r}")
+        # Sorted, and a tuple also if it came from JSON: equal settings are equal objects
+        object.__setattr__(self, "dense_layers", tuple(sorted(set(layers))))
 
     def _choice(self, field: str, allowed: tuple[object, ...]) -> None:
         value = getattr(self, field)

@@ -308,6 +308,8 @@ def why_not_compiled(cache: TLSCache, device: torch.device) -> str | None:
         return f"the compiled step moves blocks by a kernel, transfer='kernel', got {cache.offload_config.transfer!r}"
     if any(layer.window is not None for layer in cache.tls_layers):
         return "the compiled step has no sliding windows, which this model's layers have"
+    if cache.auditor is not None:
+        return "the compiled step compares no selection with its true attention, which audit_every asks for"
     return why_not_here(device)
 
 

@@ -26,6 +26,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: i
     if window is not None and window < t:
         lens = torch.full((q.shape[0],), t, dtype=torch.int64, device=q.device)
         return dense_attention(q, k, v, lens, scale=scale, window=window)
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and q.is_cuda and q.dtype == torch.float32:
+        # No CUDA kernel takes float32 and groups (torch 2.11): all scores would be written, 44 GB for 24 x 7k tokens
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 

@@ -34,6 +34,8 @@ def why_not_fused(q: Tensor, k: Tensor, v: Tensor, cfg: TLSConfig, *, has_mods: 
         return "it takes no score_mod and no mask_mod"
     if cfg.index != "lowrank":
         return f"it scores token labels, index='lowrank', got index={cfg.index!r}"
+    if cfg.group_reduce == "softmax_max":
+        return "its kernels have no group_reduce='softmax_max'"
     if q.dtype not in DTYPES:
         return f"it takes bfloat16, float16 and float32, got {q.dtype}"
     if q.shape[2] > MAX_QUERY_TOKENS:

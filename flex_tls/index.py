@@ -183,7 +183,7 @@ class KVIndex:
                 counts = (slot >= self.cfg.sink_tokens) | (lens[:, None] <= 4 * self.cfg.sink_tokens)
                 yield chunk, (slot < lens[:, None]) & counts
 
-        self.labels.fit(weighted)
+        self.labels.fit(weighted, self.cfg.label_basis)
         self.fitted_tokens = int(lens.max())
         self.observed_tokens = 0
 

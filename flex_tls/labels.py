@@ -3,6 +3,7 @@
 Per row and KV head, from the prompt alone. With Ck the second moment of the centred keys and Cq that of the prompt's
 queries, A = Cq^(1/2) and V the leading eigenvectors of A Ck A, a token's label is (A V)^T (k - mean) and the query
 becomes (A^-1 V)^T q: the error is weighted by what queries ask. Without queries A = I, which is plain PCA.
+With basis "channels" the columns are those of the identity instead: the channels c with the largest Cq[c,c] Ck[c,c].
 Centring shifts all scores of one query by the same amount, which no ranking and no softmax sees.
 """
 
@@ -14,6 +15,8 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .config import LabelBasis
 
 
 @dataclass
@@ -80,7 +83,7 @@ class TokenLabels:
         self.query_sum += rows.transpose(-1, -2) @ rows
         self.query_count += weight.sum(1) * (hq // n_kv_heads)
 
-    def fit(self, chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> None:
+    def fit(self, chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]], basis: LabelBasis = "lowrank") -> None:
         """Choose projection and quantiser from keys and from the queries seen.
 
         ``chunks`` yields the keys twice over, in pieces k [B, HKV, S', D] with their weight bool [B, S'].
@@ -104,11 +107,8 @@ class TokenLabels:
         assert count.numel()
         count = count.clamp_min(1.0)
         ck = total / count[..., None]
-        root, inverse = _roots(_moment(self.query_sum, self.query_count))
-        _, vectors = torch.linalg.eigh(root @ ck @ root)
-        lead = vectors.flip(-1)[..., : self.low.shape[-1]]
-        to_label = root @ lead
-        self.to_query.copy_(inverse @ lead)
+        to_label, to_query = _BASES[basis](ck, _moment(self.query_sum, self.query_count), self.low.shape[-1])
+        self.to_query.copy_(to_query)
         low, high = torch.full_like(self.low, torch.inf), torch.full_like(self.low, -torch.inf)
         for k, weight in chunks():
             labels = (k.float() - center[:, :, None]) @ to_label
@@ -143,8 +143,9 @@ class TokenLabels:
 
         ``dims``: leading channels that count, all by default. A query's channels are rounded to 8 bits: its part of the
         error is a tenth of the labels' own, and sums of integers are exact in any backend's order, ties included.
-        Written channel by channel: Inductor makes one pass over the words of it, where a matrix product would first
-        write every channel out as a float (2.5 times slower on a CPU; 8 times the index's bytes on a GPU).
+        Compiled, it goes channel by channel: Inductor makes one pass over the words of it, where a matrix product would
+        first write every channel out as a float (2.5 times slower on a CPU; 8 times the index's bytes on a GPU). Eager,
+        every channel would be several passes over the scores: there it is the matrix product, of the same integers.
         """
         if self.bits is None:
             return q.float() @ self.codes
@@ -160,9 +161,16 @@ class TokenLabels:
         base = base + (exact - unit * asked) * middle
         base = base[..., :dims].sum(-1, keepdim=True)
         per_word = 32 // self.bits
+        n_channels = asked.shape[-1] if dims is None else min(dims, asked.shape[-1])
         # Sums of integers below 2**24, exact in float32 and faster than in int32
+        if not torch.compiler.is_compiling():
+            shift = torch.arange(0, 32, self.bits, dtype=torch.int32, device=q.device)
+            words = self.codes[:, :, : -(-n_channels // per_word), None]
+            values = ((words >> shift[:, None]) & (2**self.bits - 1)).flatten(2, 3)[:, :, :n_channels]
+            scores: Tensor = base + unit * (asked[..., :n_channels] @ values.to(torch.float32))
+            return scores
         total = torch.zeros_like(base)
-        for channel in range(asked.shape[-1] if dims is None else min(dims, asked.shape[-1])):
+        for channel in range(n_channels):
             word, place = divmod(channel, per_word)
             value = (self.codes[:, :, word] >> (place * self.bits)) & (2**self.bits - 1)
             total = total + asked[..., channel, None] * value[:, :, None].to(torch.float32)
@@ -180,6 +188,24 @@ def _moment(total: Tensor, count: Tensor) -> Tensor:
     return (1 - share) * moment + share * scale * torch.eye(d, device=total.device)
 
 
+def _leading_directions(ck: Tensor, cq: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """(A V, A^-1 V), both [B, HKV, D, n], of the keys' and the queries' second moments [B, HKV, D, D]."""
+    root, inverse = _roots(cq)
+    _, vectors = torch.linalg.eigh(root @ ck @ root)
+    lead = vectors.flip(-1)[..., :n]
+    return root @ lead, inverse @ lead
+
+
+def _heaviest_channels(ck: Tensor, cq: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Columns of the identity, twice [B, HKV, D, n], the heaviest channel first; without queries by the keys alone."""
+    weight = ck.diagonal(dim1=-1, dim2=-2)
+    asked = cq.diagonal(dim1=-1, dim2=-2)
+    weight = weight * torch.where(asked.sum(-1, keepdim=True) > 0, asked, 1.0)
+    channels = weight.sort(dim=-1, descending=True, stable=True).indices[..., :n]
+    chosen = torch.eye(ck.shape[-1], device=ck.device)[channels].transpose(-1, -2)
+    return chosen, chosen
+
+
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     """(A, A^-1) with A A = moment; the identity where no query was seen."""
     d = moment.shape[-1]
@@ -189,3 +215,10 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(unit)
     sigma = values.clamp_min(1e-4).sqrt()[..., None, :]
     return (vectors * sigma) @ vectors.transpose(-1, -2), (vectors / sigma) @ vectors.transpose(-1, -2)
+
+
+# From the moments of keys and queries and the number of channels to what keys and queries are multiplied with
+_BASES: dict[LabelBasis, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {
+    "lowrank": _leading_directions,
+    "channels": _heaviest_channels,
+}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .attention import Attended
 from .cache_layer import Shared, TLSLayer, new_index
+from .config import TLSConfig
 from .dense import dense_attention
 from .index import KeyChunks, KVIndex
 from .mods import MaskMod, query_positions
@@ -219,9 +220,10 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
         return keys, values
 
     def _attend_two_levels(
-        self, q: Tensor, step: Step, index: KVIndex, mask_mod: MaskMod | None, scale: float, selected: bool
-    ) -> Attended:
-        engine, cfg = self.opened(), self.shared.cfg
+        self, q: Tensor, step: Step, index: KVIndex, cfg: TLSConfig, mask_mod: MaskMod | None, scale: float,
+        selected: bool,
+    ) -> Attended:  # fmt: skip
+        engine = self.opened()
         n_written, start = step.n_new, step.start
         if not engine.is_open:
             # The index was built in this very step: the new tokens went to the store
@@ -294,11 +296,11 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
 
 def choose_offloaded(shared: Shared) -> list[int]:
     """Layers that can do without most of their keys: neither dense in every step nor bound to a sliding window."""
-    dense = shared.cfg.dense_layers
-    away = [i for i, window in enumerate(shared.shape.windows) if i >= dense and window is None]
+    cfg = shared.cfg
+    away = [i for i, window in enumerate(shared.shape.windows) if not cfg.is_dense(i) and window is None]
     if not away:
         raise ValueError(
-            f"offload: expected a layer with full attention past dense_layers={dense}, got none of "
+            f"offload: expected a layer with full attention besides dense_layers={cfg.dense_layers}, got none of "
             f"{shared.shape.n_layers}; these layers read all they hold in every step, leave offload out"
         )
     return away

@@ -305,13 +305,14 @@ def reduce_group(scores: Tensor, cfg: TLSConfig, over: Tensor | None = None) -> 
     dead = scores.isneginf()
     if cfg.group_reduce == "max":
         return _half(scores.amax(2))
-    if cfg.group_reduce == "softmax_mean":
+    if cfg.group_reduce in ("softmax_mean", "softmax_max"):
         # A head that may look nowhere would give NaN; it has no say instead
         over = scores if over is None else over
         top = over.amax(-1, keepdim=True)
         top = torch.where(top.isneginf(), 0.0, top)
         total = (over - top).exp().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        rank = ((scores - top).clamp_max(MOST_EXPONENT).exp() / total).mean(2)
+        weight = (scores - top).clamp_max(MOST_EXPONENT).exp() / total
+        rank = weight.mean(2) if cfg.group_reduce == "softmax_mean" else weight.amax(2)
         # Rounded down to bfloat16: see docs/design.md, section 8
         return (rank.view(torch.int32) & -65536).view(torch.float32).masked_fill(dead.all(2), -torch.inf)
     alive = (~dead).sum(2).clamp_min(1)

@@ -105,6 +105,32 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
     return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
 
 
+def scale_rope(model: Any, spec: str) -> None:
+    """Let a loaded model see further: ``"yarn:2"`` or ``"linear:4"``, transformers' RoPE scaling and a factor.
+
+    Sparse and dense attention then read the same scaled keys. Only the rotary embedding changes; the weights stay.
+    Not "dynamic": its frequencies grow with what was decoded before, so that methods would not meet the same keys.
+    """
+    kind, _, text = spec.partition(":")
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if kind not in ("yarn", "linear") or factor <= 1:
+        raise typer.BadParameter(
+            f"expected yarn or linear and a factor above 1, such as yarn:2, got {spec!r}", param_hint="--rope"
+        )
+    config, decoder = model.config, model.get_decoder()
+    if not hasattr(decoder, "rotary_emb") or not isinstance(getattr(config, "rope_parameters", None), dict):
+        raise typer.BadParameter("expected a model with one rotary embedding for all layers", param_hint="--rope")
+    reach = config.max_position_embeddings
+    config.rope_parameters = {
+        **config.rope_parameters, "rope_type": kind, "factor": factor, "original_max_position_embeddings": reach,
+    }  # fmt: skip
+    config.max_position_embeddings = int(factor * reach)
+    decoder.rotary_emb = type(decoder.rotary_emb)(config).to(model.device)
+
+
 def _from_pretrained(name: str, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -130,7 +130,7 @@ def _step_ms(
 ) -> float:
     """Bytes over rates: weights, labels, and what is attended to; fetches beside that, or, ``exact``, before it."""
     cfg, shape = cache.cfg, cache.shape
-    n_sparse = max(shape.n_layers - cfg.dense_layers, 0)
+    n_sparse = sum(not cfg.is_dense(i) for i in range(shape.n_layers))
     token_bytes = 2 * shape.n_kv_heads * shape.head_dim * cache.dtype.itemsize * cache.batch_size
     kept = min(context, cfg.block_budget if cfg.token_budget is None else cfg.token_budget)
     attended = (n_sparse * kept + (shape.n_layers - n_sparse) * context) * token_bytes

@@ -52,14 +52,20 @@ def plot_accuracy(lines: Sequence[PplSummary], path: Path) -> None:
             # A resample's percentiles need not lie on both sides of the mean
             below = [max(0.0, x.kl.mean - x.kl.low) for x in curve]
             above = [max(0.0, x.kl.high - x.kl.mean) for x in curve]
-            kept = [x.kept_tokens for x in curve]
-            axis.errorbar(kept, kl, yerr=[below, above], marker="o", ms=4, capsize=3, color=f"C{i % 10}", label=name)
+            # Side by side within half an octave: equal budgets would draw every bar on one line
+            aside = 2 ** (0.5 * (i / max(len(names) - 1, 1) - 0.5))
+            kept = [aside * x.kept_tokens for x in curve]
+            axis.errorbar(
+                kept, kl, yerr=[below, above], marker="osD^v"[i // 10 % 5], ms=4, capsize=2, lw=1, color=f"C{i % 10}",
+                label=name,
+            )  # fmt: skip
         n_documents = sorted({line.n_documents for line in shown})
         axis.set_title(f"{Path(panel[0]).name}, {panel[1]:,} tokens; {', '.join(map(str, n_documents))} documents")
-        axis.set(yscale="log", xlabel="tokens attended to, per KV head")
+        axis.set(yscale="log", xlabel="tokens attended to, per KV head (methods side by side)")
         ticks = sorted({x.kept_tokens for x in shown})
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
+        axis.minorticks_off()
     axes[0][0].set_ylabel("KL(dense || method) per token; bars 95% intervals")
     axes[0][-1].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..attention import BackendUnavailable
 from ..evaluate.bootstrap import Interval
-from ..evaluate.summary import PplSummary, RetrievalSummary
+from ..evaluate.summary import AttentionSummary, PplSummary, RetrievalSummary
 from ..offload import LayerStats
 from .compare import Comparison
 
@@ -102,7 +102,7 @@ def print_comparison(result: Comparison, console: Console) -> None:
     tokens = "every token" if cfg.token_budget is None else f"{cfg.token_budget:,} tokens"
     console.print(
         f"kept per KV head: {cfg.block_budget:,} tokens of blocks of {cfg.block_size}, then {tokens}; "
-        f"layers 0-{cfg.dense_layers - 1} dense; {len(result.sparse.step_ms)} steps timed; "
+        f"dense layers: {cfg.dense_layers}; {len(result.sparse.step_ms)} steps timed; "
         f"prefill {result.prefill_seconds:.1f} s; first compiled step {result.compile_seconds:.1f} s",
         highlight=False,
     )
@@ -141,20 +141,38 @@ def _offload_cells(stats: Sequence[LayerStats]) -> tuple[str, ...]:
 
 def print_ppl(lines: Sequence[PplSummary], console: Console) -> None:
     """One line a method, with 95% intervals over documents, and the machine below."""
-    with_mass = any(line.kept_mass is not None for line in lines)
-    names = ("method", "blocks", "tokens", "KL(dense ||)", "ppl/dense", "agreement", "index")
-    table = _table((*names, "mass") if with_mass else names)
+    names = ("method", "blocks", "tokens", "KL(dense ||)", "ppl/dense", "agreement", "index", "read")
+    table = _table(names)
     for line in (x for x in lines if x.config is not None):
         assert line.config is not None
         cells = [line.method, f"{line.config['block_budget']:,}", f"{line.kept_tokens:,}"]
         cells += [_interval(line.kl, ".4f"), _interval(line.perplexity_ratio, ".4f"), _interval(line.agreement, ".1%")]
-        cells += [f"{line.index_share:.1%}", "" if line.kept_mass is None else f"{line.kept_mass:.1%}"]
-        table.add_row(*cells[: len(table.columns)])
+        cells += [f"{line.index_share:.1%}", f"{line.read_share:.1%}"]
+        table.add_row(*cells)
     console.print(table)
     for line in (x for x in lines if x.config is None):
         console.print(
             f"dense: perplexity {line.perplexity:.3f}, {line.score_tokens:,} tokens in {line.n_documents} documents, "
             f"after {line.context_tokens:,} each",
+            highlight=False,
+        )
+    _print_machine(console)
+
+
+def print_attention(lines: Sequence[AttentionSummary], console: Console) -> None:
+    """One line a method: what the kept blocks and tokens hold of full attention, and the machine below."""
+    names = ("method", "blocks", "tokens", "mass in blocks", "in tokens", "heavy in blocks", "in tokens", "locality")
+    table = _table(names)
+    for line in lines:
+        assert line.config is not None
+        figures = (line.mass_blocks, line.mass_tokens, line.heavy_blocks, line.heavy_tokens, line.locality)
+        cells = (line.method, f"{line.config['block_budget']:,}", f"{line.config['token_budget'] or 'all'}")
+        table.add_row(*cells, *(_interval(x, ".1%") for x in figures))
+    console.print(table)
+    for line in lines:
+        console.print(
+            f"{line.method}: fewest heavy tokens in blocks in layer {line.worst_layer}, {line.worst_heavy_blocks:.1%}; "
+            f"{line.n_documents} documents, after {line.context_tokens:,} tokens each",
             highlight=False,
         )
     _print_machine(console)

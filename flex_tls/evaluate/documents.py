@@ -11,7 +11,7 @@ from .rows import text_digest
 
 
 class Document(NamedTuple):
-    """The first tokens of one file. ``digest``: hex, of the token ids."""
+    """The first tokens of one file. ``name``: its own and its folder's; ``digest``: hex, of the token ids."""
 
     name: str
     token_ids: tuple[int, ...]
@@ -57,7 +57,7 @@ def read_documents(paths: Sequence[Path], tokenizer: Any, n_tokens: int, limit: 
         if len(text.encode()) >= n_tokens:
             token_ids = tuple(tokenizer(text).input_ids[:n_tokens])
             if len(token_ids) == n_tokens:
-                found.setdefault(token_ids, Document(path.name, token_ids))
+                found.setdefault(token_ids, Document(f"{path.parent.name}/{path.name}", token_ids))
     if not found:
         raise ValueError(
             f"documents: expected files of at least {n_tokens} tokens, none of {len(paths)} given is; lower "

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Backend
-from ..record import Recorder
-from .methods import Method
+from .methods import DENSE, Method, cost
 from .prefilled import Prefilled, Step
 
 
@@ -23,8 +22,9 @@ class Score:
     nll: float
     nll_dense: float
     agreement: float
-    kept_mass: dict[str, float] | None
+    backend: str
     index_share: float
+    read_share: float
 
 
 def score_documents(
@@ -34,21 +34,23 @@ def score_documents(
     methods: Sequence[Method],
     *,
     backend: Backend = "auto",
-    kept_mass: bool = False,
+    step_tokens: int = 1,
     on_step: Callable[[str], None] = lambda method: None,
 ) -> Iterator[tuple[Method, list[Score]]]:
     """Score B documents side by side under every method; dense attention runs first, whether asked for or not.
 
     Token ``context_tokens`` and all later ones are scored. The step that scores a token reads the one before it, so
     that every scored token went through the method's decode path; what came earlier is read as a prompt, once.
+    Steps of several tokens give the same, faster: every query token selects for itself, and sees what came before it.
 
     Args:
         model: a causal model of transformers.
         ids: int64 [B, S], documents of equal length.
         context_tokens: tokens before the first scored one, at least 2.
         methods: what to compare with dense attention.
-        backend: of :func:`flex_tls.two_level_attention`.
-        kept_mass: also measure it, which reads all keys in every step; for one document at a time.
+        backend: of every method, see :meth:`.prefilled.Prefilled.backend_for`.
+        step_tokens: tokens that a decode step is fed, at most a method's ``sparse_query_tokens`` (longer steps would be
+            dense).
         on_step: called with the method's name after every step.
 
     Yields:
@@ -58,40 +60,43 @@ def score_documents(
     n_scored = s - context_tokens
     if context_tokens < 2 or n_scored < 1:
         raise ValueError(f"context_tokens: expected 2 to {s - 1}, with {s} tokens a document, got {context_tokens}")
-    if kept_mass and b > 1:
-        raise ValueError(f"kept_mass: expected one document at a time, got {b}; a recorder averages over rows")
+    most = min([m.cfg.sparse_query_tokens for m in methods if m.cfg is not None], default=step_tokens)
+    if not 1 <= step_tokens <= most:
+        raise ValueError(f"step_tokens: expected 1 to {most}, longer steps would be dense, got {step_tokens}")
     prompt = Prefilled(model, ids[:, : context_tokens - 1], n_scored, backend)
+
+    def origin(method: Method) -> tuple[str, float, float]:
+        return prompt.backend_for(method), *cost(method, prompt.head_dim, context_tokens)
+
     # Kept in the model's own dtype: 49,152 logits of 1,024 tokens are 100 MB a document in bfloat16
     dense: list[Tensor] = []
-    with prompt.decoding(None) as step:
-        for logits in _forced(step, ids, context_tokens):
+    with prompt.decoding(Method(DENSE, None)) as step:
+        for logits in _forced(step, ids, context_tokens, step_tokens):
             dense.append(logits)
-            on_step("dense")
-    targets = ids[:, context_tokens:].T
-    nll_dense = -torch.stack([_picked(_log_p(x), t) for x, t in zip(dense, targets, strict=True)]).mean(0)
+            on_step(DENSE)
+    targets = ids[:, context_tokens:].split(step_tokens, dim=1)  # type: ignore[no-untyped-call,unused-ignore]
+    nll_dense = -sum((_picked(_log_p(x), t) for x, t in zip(dense, targets, strict=True)), torch.zeros(())) / n_scored
     for method in methods:
         if method.cfg is None:
-            yield method, [Score(0.0, x, x, 1.0, None, 0.0) for x in nll_dense.tolist()]
+            yield method, [Score(0.0, x, x, 1.0, *origin(method)) for x in nll_dense.tolist()]
             continue
-        recorder = Recorder() if kept_mass else None
         kl, nll, agreement = torch.zeros(3, b, dtype=torch.float64, device=ids.device)
-        with prompt.decoding(method.cfg, recorder) as step:
-            for logits, full, target in zip(_forced(step, ids, context_tokens), dense, targets, strict=True):
+        with prompt.decoding(method) as step:
+            steps = _forced(step, ids, context_tokens, step_tokens)
+            for logits, full, target in zip(steps, dense, targets, strict=True):
                 log_p, log_q = _log_p(full), _log_p(logits)
-                kl += (log_p.exp() * (log_p - log_q)).sum(-1)
+                kl += (log_p.exp() * (log_p - log_q)).sum((1, 2))
                 nll -= _picked(log_q, target)
-                agreement += full.argmax(-1) == logits.argmax(-1)
+                agreement += (full.argmax(-1) == logits.argmax(-1)).sum(1)
                 on_step(method.name)
-        mass = None if recorder is None else recorder.result().kept_mass
-        by_layer = None if mass is None else {str(layer): float(x.mean()) for layer, x in sorted(mass.items())}
         rows = zip(*((x / n_scored).tolist() for x in (kl, nll, agreement)), nll_dense.tolist(), strict=True)
-        yield method, [Score(k, n, d, a, by_layer, prompt.index_share) for k, n, a, d in rows]
+        yield method, [Score(k, n, d, a, *origin(method)) for k, n, a, d in rows]
 
 
-def _forced(step: Step, ids: Tensor, context_tokens: int) -> Iterator[Tensor]:
-    """Logits [B, V] for each token from ``context_tokens`` on, fed the tokens before it one by one."""
-    for place in range(context_tokens - 1, ids.shape[1] - 1):
-        yield step(ids[:, place : place + 1])
+def _forced(step: Step, ids: Tensor, context_tokens: int, step_tokens: int) -> Iterator[Tensor]:
+    """Logits [B, T, V] for the tokens from ``context_tokens`` on, ``step_tokens`` at a time, fed those before them."""
+    for tokens in ids[:, context_tokens - 1 : -1].split(step_tokens, dim=1):  # type: ignore[no-untyped-call,unused-ignore]
+        yield step(tokens)
 
 
 def _log_p(logits: Tensor) -> Tensor:
@@ -99,6 +104,6 @@ def _log_p(logits: Tensor) -> Tensor:
     return logits.double().log_softmax(-1)
 
 
-def _picked(log_p: Tensor, token: Tensor) -> Tensor:
-    """Log-probabilities [B] of tokens [B] under log_p [B, V]."""
-    return log_p.gather(1, token[:, None])[:, 0]
+def _picked(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """Sums [B] of the log-probabilities of tokens [B, T] under log_p [B, T, V]."""
+    return log_p.gather(2, tokens[..., None]).sum((1, 2))

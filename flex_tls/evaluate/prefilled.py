@@ -14,13 +14,16 @@ from ..attention import Backend
 from ..cache import TLSCache
 from ..cache_layer import new_index
 from ..config import TLSConfig
+from ..fused import why_not_here
 from ..integrations.huggingface import enabled
 from ..record import Recorder
+from .eviction import evicting_cache
+from .methods import Method
 
 # Buffers of a whole number of blocks of any size: one cache serves every block size
 LARGEST_BLOCK = 128
 
-# Next tokens int64 [B, 1] -> logits [B, V] of what follows
+# Next tokens int64 [B, T] -> logits [B, T, V] of what follows each
 Step = Callable[[Tensor], Tensor]
 
 
@@ -34,13 +37,16 @@ class Prefilled:
         model: a causal model of transformers, not enabled; it is so again whenever no method is decoding.
         ids: int64 [B, S].
         room_tokens: tokens that will be decoded after the prompt, at most.
-        backend: of :func:`flex_tls.two_level_attention`.
+        backend: of every method, see :meth:`backend_for`.
     """
 
     @torch.no_grad()
     def __init__(self, model: Any, ids: Tensor, room_tokens: int, backend: Backend = "auto") -> None:
         self.model = model
+        self.ids = ids
         self.n_tokens = ids.shape[1]
+        self._room_tokens = room_tokens
+        self._backend = backend
         capacity = -(-(self.n_tokens + room_tokens) // LARGEST_BLOCK) * LARGEST_BLOCK
         self._cache = TLSCache(
             model.config,
@@ -57,12 +63,42 @@ class Prefilled:
         labels = [layer.index.labels for layer in self._cache.tls_layers if layer.index is not None]
         self._queries = [(x.query_sum, x.query_count) for x in labels]
 
+    def backend_for(self, method: Method) -> str:
+        """What decodes a method: "sdpa" for dense attention, "eviction" for H2O, otherwise a backend.
+
+        That is the one asked for, or ("auto") the fused kernels where they can run. Elsewhere "auto" is the reference
+        here, which selects and attends to the same: compiling every configuration of a comparison would take longer
+        than running it.
+        """
+        if method.cfg is None:
+            return "sdpa"
+        return "eviction" if method.evicts else self._chosen(method.cfg)
+
+    def _chosen(self, cfg: TLSConfig) -> Backend:
+        if self._backend != "auto":
+            return self._backend
+        device = self.model.device
+        windows = any(layer.window is not None for layer in self._cache.tls_layers)
+        fused = cfg.index == "lowrank" and not windows and device.type == "cuda" and why_not_here(device) is None
+        return "triton" if fused else "reference"
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self._cache.tls_layers[0].shared.shape.head_dim
+
     @contextmanager
-    def decoding(self, cfg: TLSConfig | None, recorder: Recorder | None = None) -> Iterator[Step]:
-        """Decode from the end of the prompt, with ``cfg`` or (None) with the model's own dense attention."""
+    def decoding(self, method: Method, recorder: Recorder | None = None) -> Iterator[Step]:
+        """Decode from the end of the prompt with a method; dense is the model's own attention."""
+        cfg = method.cfg
         if cfg is None:
             yield self._step(dynamic_copy(self._cache, self.model.config))
             return
+        if method.evicts:
+            with enabled(self.model):
+                yield self._step(self._evicting(cfg))
+            return
+        self._cache.tls_layers[0].shared.backend = self._chosen(cfg)
         with torch.no_grad():
             self._index_again(cfg)
         self._cache.recorder = recorder
@@ -73,10 +109,12 @@ class Prefilled:
             self._cache.recorder = None
             self._cache.crop(self.n_tokens)
 
-    @property
-    def index_share(self) -> float:
-        """Index bytes as a share of the bytes of all keys and values, for the configuration that decoded last."""
-        return self._cache.index_nbytes / self._cache.kv_nbytes
+    @torch.no_grad()
+    def _evicting(self, cfg: TLSConfig) -> TLSCache:
+        """The prompt read again: what is evicted depends on all of its queries."""
+        cache = evicting_cache(self.model.config, cfg, self.ids.shape[0], self.n_tokens + self._room_tokens)
+        self.model(self.ids, past_key_values=cache, logits_to_keep=1)
+        return cache
 
     def _index_again(self, cfg: TLSConfig) -> None:
         """What a prefill under ``cfg`` would have left behind."""
@@ -84,7 +122,7 @@ class Prefilled:
             keys = layer.buffers()[0]
             layer.shared.cfg = cfg
             layer.index = None
-            if layer.layer_idx < cfg.dense_layers:
+            if cfg.is_dense(layer.layer_idx):
                 continue
             layer.index = new_index(layer.shared, keys.dtype, keys.device)
             layer.index.labels.query_sum.copy_(query_sum)
@@ -95,8 +133,8 @@ class Prefilled:
     def _step(self, past: Any) -> Step:
         @torch.no_grad()
         def step(tokens: Tensor) -> Tensor:
-            logits: Tensor = self.model(tokens, past_key_values=past, logits_to_keep=1).logits
-            return logits[:, -1]
+            logits: Tensor = self.model(tokens, past_key_values=past).logits
+            return logits
 
         return step
 

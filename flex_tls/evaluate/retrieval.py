@@ -13,9 +13,24 @@ import torch
 from ..attention import Backend
 from ..integrations.huggingface import end_of_sequence_ids
 from .documents import digest, expand
-from .methods import Method
+from .methods import Method, cost
 from .prefilled import Prefilled
 from .tasks import TASKS, Place, Sample, recall, split_sentences
+
+
+class Metric(NamedTuple):
+    """How an answer is scored.
+
+    Attributes:
+        score: from an answer and the references to a share.
+        is_settled: whether more tokens cannot change the score of such a beginning.
+    """
+
+    score: Callable[[str, Sequence[str]], float]
+    is_settled: Callable[[str, Sequence[str]], bool]
+
+
+RECALL = Metric(recall, lambda text, references: recall(text, references) == 1)
 
 
 class Question(NamedTuple):
@@ -27,6 +42,8 @@ class Question(NamedTuple):
     seed: int
     sample: Sample
     token_ids: tuple[int, ...]
+    max_new_tokens: int
+    metric: Metric
 
     @property
     def digest(self) -> str:
@@ -34,11 +51,13 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a method made of a question. ``score``: share of the references found."""
+    """What a method made of a question, and its score by the question's metric."""
 
     prediction: str
     score: float
+    backend: str
     index_share: float
+    read_share: float
 
 
 def haystack(paths: Sequence[Path]) -> list[str]:
@@ -81,7 +100,7 @@ def make_question(
             fits, found = middle, tried
         else:
             too_long = middle
-    return Question(task, length_tokens, depth, seed, *found)
+    return Question(task, length_tokens, depth, seed, *found, kind.max_new_tokens, RECALL)
 
 
 def answer(
@@ -95,34 +114,34 @@ def answer(
 ) -> Iterator[tuple[Method, Answer]]:
     """Answer greedily under each method, from one prefill.
 
-    An answer ends with an end-of-sequence token, at the task's limit, or once every reference is found: the score,
-    a share of references found, cannot change any more. The prompt's last token is already read by the method.
+    An answer ends with an end-of-sequence token, at the question's limit, or once more of it cannot change its score.
+    The prompt's last token is already read by the method.
 
     Args:
         model: a causal model of transformers.
         tokenizer: its tokenizer.
-        question: from :func:`make_question`.
+        question: from :func:`make_question` or :func:`.longbench.read_questions`.
         methods: dense attention among them, if wanted.
         backend: of :func:`flex_tls.two_level_attention`.
         on_step: called with the method's name after every step.
     """
     ids = torch.tensor([question.token_ids], device=model.device)
-    limit = TASKS[question.task].max_new_tokens
+    limit, metric = question.max_new_tokens, question.metric
     ends = end_of_sequence_ids(model)
     references = question.sample.references
     prompt = Prefilled(model, ids[:, :-1], limit, backend)
     for method in methods:
         token, token_ids, text = ids[:, -1:], list[int](), ""
-        with prompt.decoding(method.cfg) as step:
-            while len(token_ids) < limit and recall(text, references) < 1:
-                token = step(token).argmax(-1, keepdim=True)
+        with prompt.decoding(method) as step:
+            while len(token_ids) < limit and not metric.is_settled(text, references):
+                token = step(token).argmax(-1)
                 on_step(method.name)
                 if int(token) in ends:
                     break
                 token_ids.append(int(token))
                 text = tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
-        share = 0.0 if method.cfg is None else prompt.index_share
-        yield method, Answer(text, recall(text, references), share)
+        shares = cost(method, prompt.head_dim, ids.shape[1])
+        yield method, Answer(text, metric.score(text, references), prompt.backend_for(method), *shares)
 
 
 def _token_ids(tokenizer: Any, sample: Sample) -> tuple[int, ...]:

@@ -20,7 +20,6 @@ class Origin:
 
     model: str
     dtype: str
-    backend: str
     device: str
     flex_tls: str
     torch: str
@@ -34,17 +33,21 @@ class Row(Origin):
     """Fields of every row.
 
     Attributes:
-        eval: "ppl" or "retrieval".
+        eval: its kind, of :data:`KINDS`.
         method: its name, with settings.
         config: the fields of its ``TLSConfig``; None for dense attention.
-        index_share: index bytes as a share of the bytes of keys and values.
+        backend: that ran it: "triton", "flex" or "reference"; "sdpa" for dense attention, "eviction" for H2O's.
+        index_share, read_share: bytes of the index, and bytes that a step reads, as shares of the bytes of keys and
+            values in 16 bits (:func:`.methods.cost`).
         digest: of the token ids that were read.
     """
 
     eval: str
     method: str
     config: dict[str, Any] | None
+    backend: str
     index_share: float
+    read_share: float
     digest: str
 
     @property
@@ -60,21 +63,21 @@ class PplRow(Row):
     Attributes:
         document: name of the file.
         context_tokens: tokens before the first scored one.
-        score_tokens: tokens scored, teacher-forced, one decode step each.
+        score_tokens: tokens scored, teacher-forced.
+        step_tokens: of them, fed to one decode step.
         kl: KL(dense || method) per token, natural log.
         nll, nll_dense: negative log-likelihood per token, of the method and of dense attention in the same run.
         agreement: share of tokens whose likeliest next token is dense attention's.
-        kept_mass: layer -> share of full attention's weight on the selected tokens; None if it was not asked for.
     """
 
     document: str
     context_tokens: int
     score_tokens: int
+    step_tokens: int
     kl: float
     nll: float
     nll_dense: float
     agreement: float
-    kept_mass: dict[str, float] | None
 
     @property
     def key(self) -> Key:
@@ -83,18 +86,18 @@ class PplRow(Row):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RetrievalRow(Row):
-    """One sample of one task under one method.
+class AnswerRow(Row):
+    """One sample of one task, made on the spot ("retrieval") or from a file ("tasks"), under one method.
 
     Attributes:
-        task: name of the task.
+        task: name of the task or data set.
         length_tokens: length that was asked for; ``prompt_tokens``: what it came to.
         depth: where the needles asked for lie, 0 at the start and 1 at the end; None for random places.
-        seed: of the sample.
+        seed: of the sample; its line in the file, from 0.
         template: digest of the tokenizer's chat template; "" without one.
         references: what the answer should hold.
         prediction: what the model wrote.
-        score: share of the references that the prediction holds.
+        score: of the prediction by the task's metric, 0 to 1.
     """
 
     task: str
@@ -108,7 +111,33 @@ class RetrievalRow(Row):
     score: float
 
 
-KINDS: dict[str, type[Row]] = {"ppl": PplRow, "retrieval": RetrievalRow}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionRow(Row):
+    """What one method's selections catch of full attention in one document; fields as in :class:`.probe.Catch`."""
+
+    document: str
+    context_tokens: int
+    score_tokens: int
+    layers: list[int]
+    mass_blocks: list[list[float]]
+    mass_tokens: list[list[float]]
+    heavy_blocks: list[list[float]]
+    heavy_tokens: list[list[float]]
+    locality: list[float]
+    missed_bound: list[list[float]]
+
+    @property
+    def key(self) -> Key:
+        """As in :class:`PplRow`."""
+        return (*super().key, str(self.context_tokens))
+
+
+KINDS: dict[str, type[Row]] = {
+    "ppl": PplRow,
+    "retrieval": AnswerRow,
+    "tasks": AnswerRow,
+    "attention": AttentionRow,
+}
 
 
 def key_of(origin: Origin, eval: str, digest: str, method: str, config: dict[str, Any] | None) -> Key:

@@ -7,10 +7,13 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from ..config import TLSConfig
-from .bootstrap import Interval, mean_interval
+from .bootstrap import Interval, mean_interval, ratio_interval
 from .methods import kept_tokens
-from .rows import PplRow, RetrievalRow, Row, config_key
+from .rows import AnswerRow, AttentionRow, PplRow, Row, config_key
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 
@@ -31,8 +34,7 @@ class PplSummary:
         perplexity: of the method.
         perplexity_ratio: to dense attention.
         agreement: top-1, with dense attention.
-        kept_mass: mean over documents and layers; None where a row has none.
-        index_share: index bytes as a share of the KV bytes.
+        index_share, read_share: bytes held and read, as in :class:`.methods.Cost`.
     """
 
     model: str
@@ -46,8 +48,8 @@ class PplSummary:
     perplexity: float
     perplexity_ratio: Interval
     agreement: Interval
-    kept_mass: float | None
     index_share: float
+    read_share: float
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,32 @@ class RetrievalSummary:
     loss: Interval | None
 
 
+@dataclass(frozen=True)
+class AttentionSummary:
+    """One method over documents: means over sparse layers, query heads and tokens, with intervals over documents.
+
+    Attributes:
+        mass_blocks, mass_tokens, heavy_blocks, heavy_tokens, locality, missed_bound: as in :class:`.probe.Catch`; the
+            last is None for an index without boxes.
+        worst_layer: the one whose kept blocks hold the smallest share of the heavy tokens; ``worst_heavy_blocks``: that
+            share, mean over documents.
+    """
+
+    model: str
+    method: str
+    config: dict[str, Any] | None
+    context_tokens: int
+    n_documents: int
+    mass_blocks: Interval
+    mass_tokens: Interval
+    heavy_blocks: Interval
+    heavy_tokens: Interval
+    locality: Interval
+    missed_bound: Interval | None
+    worst_layer: int
+    worst_heavy_blocks: float
+
+
 def summarise_ppl(rows: Sequence[Row]) -> list[PplSummary]:
     """A line for each model, method, configuration and length, in the order of first appearance."""
     found = [row for row in rows if isinstance(row, PplRow)]
@@ -83,7 +111,7 @@ def summarise_ppl(rows: Sequence[Row]) -> list[PplSummary]:
 
 def summarise_retrieval(rows: Sequence[Row]) -> list[RetrievalSummary]:
     """A line for each model, task, length, depth and method, in the order of first appearance."""
-    found = [row for row in rows if isinstance(row, RetrievalRow)]
+    found = [row for row in rows if isinstance(row, AnswerRow)]
     dense = {(row.model, row.dtype, row.digest): row.score for row in found if row.config is None}
     groups = _grouped(
         found, lambda r: (r.model, r.dtype, r.task, r.length_tokens, r.depth, r.method, config_key(r.config))
@@ -110,10 +138,65 @@ def summarise_retrieval(rows: Sequence[Row]) -> list[RetrievalSummary]:
     return lines
 
 
+def kl_ratio(rows: Sequence[Row], of: PplSummary, to: PplSummary) -> Interval:
+    """KL of one line over that of another, over the documents that both have; the interval resamples them together."""
+    over, under = _kl_by_document(rows, of), _kl_by_document(rows, to)
+    both = [digest for digest in over if digest in under]
+    if not both:
+        raise ValueError(f"rows: expected a document with both {of.method} and {to.method}, got none")
+    return ratio_interval([over[x] for x in both], [under[x] for x in both])
+
+
+def _kl_by_document(rows: Sequence[Row], line: PplSummary) -> dict[str, float]:
+    return {
+        row.digest: row.kl
+        for row in rows
+        if isinstance(row, PplRow)
+        and (row.model, row.method, row.config, row.context_tokens)
+        == (line.model, line.method, line.config, line.context_tokens)
+    }
+
+
+def summarise_attention(rows: Sequence[Row]) -> list[AttentionSummary]:
+    """A line for each model, method, configuration and length, in the order of first appearance."""
+    found = [row for row in rows if isinstance(row, AttentionRow)]
+    groups = _grouped(found, lambda r: (r.model, r.dtype, r.method, config_key(r.config), r.context_tokens))
+    return [_attention(group) for group in groups]
+
+
+def _attention(rows: Sequence[AttentionRow]) -> AttentionSummary:
+    first = rows[0]
+    per_layer = mean_over_documents([row.heavy_blocks for row in rows]).mean(1)
+    worst = int(per_layer.argmin())
+
+    def interval(field: str) -> Interval:
+        return mean_interval([float(torch.tensor(getattr(row, field)).mean()) for row in rows])
+
+    return AttentionSummary(
+        first.model,
+        first.method,
+        first.config,
+        first.context_tokens,
+        len(rows),
+        interval("mass_blocks"),
+        interval("mass_tokens"),
+        interval("heavy_blocks"),
+        interval("heavy_tokens"),
+        interval("locality"),
+        interval("missed_bound") if first.missed_bound else None,
+        first.layers[worst],
+        float(per_layer[worst]),
+    )
+
+
+def mean_over_documents(values: Sequence[list[list[float]]]) -> Tensor:
+    """Mean [L, HQ] of equally large tables, one a document."""
+    return torch.tensor(values).mean(0)
+
+
 def _ppl(rows: Sequence[PplRow]) -> PplSummary:
     first = rows[0]
     nll = [row.nll for row in rows]
-    masses = [sum(row.kept_mass.values()) / len(row.kept_mass) for row in rows if row.kept_mass]
     return PplSummary(
         model=first.model,
         method=first.method,
@@ -127,8 +210,8 @@ def _ppl(rows: Sequence[PplRow]) -> PplSummary:
         # Documents score equally many tokens: the mean of their differences is that of all tokens
         perplexity_ratio=_exp(mean_interval([row.nll - row.nll_dense for row in rows])),
         agreement=mean_interval([row.agreement for row in rows]),
-        kept_mass=sum(masses) / len(masses) if masses else None,
         index_share=first.index_share,
+        read_share=first.read_share,
     )
 
 

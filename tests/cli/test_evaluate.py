@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from flex_tls.cli import app as cli
+from flex_tls.cli import options
 from flex_tls.evaluate import rows
 from flex_tls.evaluate.tasks import TASKS
 
@@ -46,9 +48,7 @@ def test_perplexity_of_every_method_with_rows_summary_and_picture(
 ) -> None:
     out, summary, picture = tmp_path / "rows.jsonl", tmp_path / "summary.json", tmp_path / "kl.png"
     options = [texts, "--model", model_folder, "--context-tokens", "320", "--score-tokens", "2", *BUDGETS]
-    printed = run(
-        "ppl", *options, "--methods", ",".join(SOME), "--documents", "2", "--kept-mass", "--out", out, "--json", summary
-    )
+    printed = run("ppl", *options, "--methods", ",".join(SOME), "--documents", "2", "--out", out, "--json", summary)
     assert "label_bits=8" in printed
     assert "dense: perplexity" in printed
     found = rows.read(out)
@@ -59,7 +59,6 @@ def test_perplexity_of_every_method_with_rows_summary_and_picture(
         assert isinstance(row, rows.PplRow)
         assert row.kl > 0 if row.config else row.kl == 0
         assert 0 <= row.agreement <= 1
-        assert (row.kept_mass is None) == (row.config is None)
         assert row.transformers
     lines = json.loads(summary.read_text())["results"]
     assert {line["n_documents"] for line in lines} == {2}
@@ -109,7 +108,7 @@ def test_retrieval_tasks_side_by_side(model_folder: Path, tmp_path: Path, monkey
     # Depth is of no matter to counted words
     assert len(found) == (2 + 2 + 1) * 3
     for row in found:
-        assert isinstance(row, rows.RetrievalRow)
+        assert isinstance(row, rows.AnswerRow)
         # Characters are tokens here, and the filler comes in sentences
         assert 900 < row.prompt_tokens <= 1200
         assert 0 <= row.score <= 1
@@ -136,7 +135,7 @@ def test_budgets_over_the_whole_context_lose_nothing(model_folder: Path, texts: 
 
 def test_what_cannot_be_evaluated_says_why(model_folder: Path, texts: Path, tmp_path: Path) -> None:
     model = ["--model", model_folder]
-    assert "method: expected one of dense, ours" in failed("ppl", texts, *model, "--methods", "h2o")
+    assert "method: expected one of dense, ours" in failed("ppl", texts, *model, "--methods", "snapkv")
     assert "--token-budget: expected 1, one for each" in failed("ppl", texts, *model, "--token-budget", "1/8,1/16")
     assert "at most 2048 tokens, the model's positions" in failed("ppl", texts, *model, "--context-tokens", "3000")
     assert "documents: expected files of at least" in failed("ppl", texts, *model, "--context-tokens", "1900")
@@ -144,3 +143,59 @@ def test_what_cannot_be_evaluated_says_why(model_folder: Path, texts: Path, tmp_
     assert "backend: expected one of" in failed("ppl", texts, *model, "--backend", "fast")
     (tmp_path / "rows.jsonl").write_text("")
     assert "holds none of eval ppl" in failed("plot", tmp_path / "rows.jsonl", "--out", tmp_path / "kl.png")
+
+
+def test_attention_is_probed_into_rows_once(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    out, summary = tmp_path / "rows.jsonl", tmp_path / "summary.json"
+    options = ["attention", texts, "--model", model_folder, "--context-tokens", "320", "--score-tokens", "2", *BUDGETS]
+    options += ["--methods", "ours,oracle,dense", "--documents", "2", "--batch", "2", "--out", out, "--json", summary]
+    assert "fewest heavy tokens" in run(*options)
+    found = rows.read(out)
+    assert len(found) == 2 * 2 * 2
+    assert run(*options)
+    assert rows.read(out) == found
+    for line in json.loads(summary.read_text())["results"]:
+        assert 0 < line["mass_tokens"]["mean"] <= line["mass_blocks"]["mean"] <= 1.0001
+        assert line["worst_layer"] in (2, 3)
+    assert "expected one that selects among cached tokens" in failed(*options[:-6], "--methods", "dense,h2o")
+
+
+def test_questions_from_a_longbench_file(model_folder: Path, tmp_path: Path) -> None:
+    path, out, summary = tmp_path / "lcc.jsonl", tmp_path / "rows.jsonl", tmp_path / "summary.json"
+    fields = {"input": "", "context": "x = 1\n" * 200, "answers": ["x = 1"], "dataset": "lcc"}
+    path.write_text("".join(json.dumps({**fields, "context": fields["context"] + str(i)}) + "\n" for i in range(2)))
+    options = ["tasks", path, "--model", model_folder, "--length", "320", *BUDGETS, "--methods", "dense,ours"]
+    assert "lcc" in run(*options, "--out", out, "--json", summary)
+    found = rows.read(out)
+    assert len(found) == 2 * (1 + 2)
+    assert {row.eval for row in found} == {"tasks"}
+    assert all(isinstance(row, rows.AnswerRow) and row.prompt_tokens <= 320 for row in found)
+    assert run(*options, "--out", out)
+    assert rows.read(out) == found
+    assert {line["n_samples"] for line in json.loads(summary.read_text())["results"]} == {2}
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "files: expected questions, got none" in failed("tasks", tmp_path / "empty.jsonl", "--model", model_folder)
+
+
+@pytest.mark.parametrize("spec", ["yarn:2", "linear:2"])
+def test_scaled_positions_reach_further(model_folder: Path, spec: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model, _ = options.load_model(str(model_folder), "cpu", "float32")
+    reach = model.config.max_position_embeddings
+    options.scale_rope(model, spec)
+    assert model.config.max_position_embeddings == 2 * reach
+    # As if it had been loaded with the scaling in its configuration
+    config = AutoConfig.from_pretrained(model_folder)
+    config.rope_parameters = dict(model.config.rope_parameters)
+    config.max_position_embeddings = 2 * reach
+    other = AutoModelForCausalLM.from_pretrained(model_folder, config=config, dtype=torch.float32)
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, other(ids).logits)
+
+
+@pytest.mark.parametrize("spec", ["yarn", "dynamic:2", "yarn:1", "yarn:x"])
+def test_a_scaling_that_there_is_not_is_refused(spec: str) -> None:
+    with pytest.raises(typer.BadParameter, match="expected yarn or linear and a factor above 1"):
+        options.scale_rope(None, spec)

@@ -21,6 +21,8 @@ import flex_tls as tls
         ({"block_budget": 128}, r"block_budget: expected at least 192 tokens.*got 128; raise the budget"),
         ({"token_budget": 100}, r"token_budget: expected at least sink_tokens \+ recent_tokens = 128, got 100"),
         ({"token_budget": 9000}, r"token_budget: expected at most block_budget = 8192, got 9000"),
+        ({"dense_layers": -1}, r"dense_layers: expected an integer of at least 0, got -1"),
+        ({"dense_layers": (1, -2)}, r"dense_layers: expected a count or layer numbers from 0 on, got \(1, -2\)"),
         ({"filter_dims": 12}, r"filter_dims: expected at most label_dims = 32 and a multiple of 8.*got 12"),
         ({"filter_dims": 40}, r"filter_dims: expected at most label_dims = 32 and a multiple of 8.*got 40"),
         ({"box_radius": 2.0}, r"box_radius: expected a share between 0 and 1"),
@@ -51,3 +53,11 @@ def test_importing_the_package_needs_torch_alone_and_patches_nothing() -> None:
         "assert not loaded, loaded\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_dense_layers_are_the_first_ones_or_those_named() -> None:
+    assert [i for i in range(5) if tls.TLSConfig(dense_layers=2).is_dense(i)] == [0, 1]
+    named = tls.TLSConfig(dense_layers=(3, 0, 3))
+    assert [i for i in range(5) if named.is_dense(i)] == [0, 3]
+    # As JSON gives it back
+    assert tls.TLSConfig(**{**dataclasses.asdict(named), "dense_layers": [0, 3]}) == named

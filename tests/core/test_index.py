@@ -232,3 +232,25 @@ def test_errors_name_what_was_expected_and_change_nothing(kind: str) -> None:
         with pytest.raises(ValueError, match=r"k: expected the cached keys, got None"):
             index.crop(3)
     assert all(torch.equal(x, y) for x, y in zip(before, index._tensors(), strict=True))
+
+
+def test_channel_labels_are_the_keys_own_heaviest_channels() -> None:
+    """Double Sparsity: keys' channels as they are, those of the largest products with queries, the heaviest first."""
+    gen = torch.Generator().manual_seed(1)
+    spread = torch.tensor([1.0, 8.0, 2.0, 0.5, 4.0, 1.0, 0.1, 3.0])
+    asked = torch.tensor([14.0, 1.0, 2.0, 1.0, 0.1, 1.0, 1.0, 3.0])
+    k = torch.randn(1, 2, 300, 8, generator=gen) * spread
+    q = torch.randn(1, 4, 300, 8, generator=gen) * asked
+    cfg = TLSConfig(block_size=16, block_budget=64, token_budget=None, sink_tokens=0, recent_tokens=1, label_dims=4,
+                    label_bits=8, label_basis="channels")  # fmt: skip
+    index = KVIndex.build(k, cfg, q=q)
+    channels = index.labels.to_query.argmax(-2)
+    assert channels.tolist() == [[[0, 7, 1, 2]] * 2]
+    some = torch.zeros(8)
+    some[[0, 7, 1, 2]] = 1
+    scores = index.labels.scores(q[:, :2] * some)[..., :300]
+    truth = (q[:, :2] * some) @ (k - k.mean(2, keepdim=True))[:, :2].transpose(-1, -2)
+    shift = (scores - truth).mean(-1, keepdim=True)
+    assert (scores - truth - shift).abs().max() < 0.02 * truth.abs().max()
+    without = KVIndex.build(k, cfg).labels.to_query.argmax(-2)
+    assert without.tolist() == [[[1, 4, 7, 2]] * 2]

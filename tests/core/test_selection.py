@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flex_tls as tls
+from flex_tls.config import GroupReduce
 from flex_tls.selection import keep_best, reduce_group
 from tests.cases import Case, cases, make
 
@@ -67,10 +70,10 @@ def test_every_query_token_of_a_chunk_selects_as_if_it_came_alone(case: Case) ->
             index.crop(index.seq_lens - 1, case.k)
 
 
-@given(cases(kinds=("oracle",), max_t=2))
-def test_the_oracle_index_picks_by_exact_scores(case: Case) -> None:
+@given(cases(kinds=("oracle",), max_t=2), st.sampled_from(get_args(GroupReduce)))
+def test_the_oracle_index_picks_by_exact_scores(case: Case, group_reduce: GroupReduce) -> None:
     """Oracle of both levels, written out with loops over rows, heads and queries."""
-    index, cfg = case.index(), case.cfg
+    index, cfg = case.index(), dataclasses.replace(case.cfg, group_reduce=group_reduce)
     b, hq, t, d = case.q.shape
     hkv = case.k.shape[1]
     group = hq // hkv
@@ -85,10 +88,8 @@ def test_the_oracle_index_picks_by_exact_scores(case: Case) -> None:
                 token[:, : position + 1] = q @ case.k[row, head, : position + 1].T / math.sqrt(d)
                 per_block = token.view(group, n, size)
                 score = per_block.amax(-1) if cfg.block_reduce == "max" else per_block.logsumexp(-1)
-                if cfg.group_reduce == "softmax_mean":
-                    rank = score.softmax(-1).mean(0)
-                else:
-                    rank = score.amax(0) if cfg.group_reduce == "max" else score.mean(0)
+                heads = score.softmax(-1) if cfg.group_reduce.startswith("softmax") else score
+                rank = heads.amax(0) if cfg.group_reduce.endswith("max") else heads.mean(0)
                 starts = torch.arange(n) * size
                 forced = (starts < cfg.sink_tokens) | (starts + size > position - cfg.recent_tokens + 1)
                 rank[forced] = torch.inf

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flex_tls.evaluate.bootstrap import mean_interval
+from flex_tls.evaluate.bootstrap import mean_interval, ratio_interval
 
 values = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30)
 
@@ -68,3 +68,12 @@ def test_intervals_cover_the_true_mean_about_as_often_as_they_say() -> None:
 def test_what_makes_no_sense_is_refused(found: list[float], confidence: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mean_interval(found, confidence=confidence)
+
+
+def test_a_ratio_of_equal_pairs_has_no_spread() -> None:
+    found = ratio_interval([1.0, 5.0, 3.0], [2.0, 10.0, 6.0])
+    assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    spread = ratio_interval([1.0, 5.0, 3.0], [4.0, 4.0, 4.0])
+    assert spread.low < spread.mean == 0.75 < spread.high
+    with pytest.raises(ValueError, match="to: expected 3 values, one for each of the others, got 2"):
+        ratio_interval([1.0, 5.0, 3.0], [4.0, 4.0])

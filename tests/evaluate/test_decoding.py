@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import flex_tls as tls
-from flex_tls.evaluate.methods import DENSE, Method
+from flex_tls.evaluate.methods import DENSE, Method, make_method
 from flex_tls.evaluate.perplexity import score_documents
 from flex_tls.evaluate.prefilled import Prefilled
 from flex_tls.record import Recorder
@@ -42,8 +42,8 @@ def test_methods_decode_as_if_each_had_read_the_prompt_itself() -> None:
     prompt = Prefilled(make(), ids[:, :n_prompt], 10, "reference")
     # Twice, in turn: what one method leaves behind must not reach the next
     for cfg in [*KINDS, *KINDS[::-1]]:
-        with prompt.decoding(cfg) as step:
-            logits = torch.stack([step(ids[:, i : i + 1]) for i in range(n_prompt, ids.shape[1])], dim=1)
+        with prompt.decoding(Method("", cfg)) as step:
+            logits = torch.cat([step(ids[:, i : i + 1]) for i in range(n_prompt, ids.shape[1])], dim=1)
         expected = decoded_by_the_user(cfg, ids, n_prompt)
         # Buffers of another length are split otherwise by the matrix product
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -55,8 +55,8 @@ def test_dense_decoding_is_the_models_own() -> None:
     model = make()
     prompt = Prefilled(model, ids[:, :n_prompt], 10, "reference")
     for _ in range(2):
-        with prompt.decoding(None) as step:
-            logits = torch.stack([step(ids[:, i : i + 1]) for i in range(n_prompt, 60)], dim=1)
+        with prompt.decoding(Method(DENSE, None)) as step:
+            logits = torch.cat([step(ids[:, i : i + 1]) for i in range(n_prompt, 60)], dim=1)
         torch.testing.assert_close(logits, model(ids).logits[:, n_prompt:], rtol=1e-4, atol=1e-4)
 
 
@@ -64,10 +64,10 @@ def test_the_model_is_given_back_whatever_happens() -> None:
     model = make()
     before = model.config._attn_implementation
     prompt = Prefilled(model, documents(1, 60), 10, "reference")
-    with pytest.raises(KeyboardInterrupt), prompt.decoding(SPARSE, Recorder()):
+    with pytest.raises(KeyboardInterrupt), prompt.decoding(Method("", SPARSE), Recorder()):
         raise KeyboardInterrupt
     assert model.config._attn_implementation == before
-    with prompt.decoding(SPARSE) as step:
+    with prompt.decoding(Method("", SPARSE)) as step:
         step(documents(1, 1))
 
 
@@ -101,6 +101,25 @@ def test_scores_are_what_the_definitions_say() -> None:
     assert score.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
 
 
+@pytest.mark.parametrize("name", ["dense", "ours", "quest", "h2o", "quest_double_sparsity"])
+def test_steps_of_several_tokens_score_as_one_by_one(name: str) -> None:
+    ids, method = documents(2, 103), make_method(name, dataclasses.replace(SPARSE, sparse_query_tokens=16), 103)
+    scored = [
+        next(score_documents(make(), ids, 90, [method], backend="reference", step_tokens=n))[1] for n in (1, 5, 16)
+    ]
+    for one, *others in zip(*scored, strict=True):
+        assert method.cfg is None or one.kl > 1e-4
+        for other in others:
+            assert other.kl == pytest.approx(one.kl, rel=1e-3, abs=1e-9)
+            assert other.nll == pytest.approx(one.nll, rel=1e-5)
+            assert other.agreement == one.agreement
+
+
+def test_longer_steps_than_a_method_is_sparse_for_are_refused() -> None:
+    with pytest.raises(ValueError, match=f"step_tokens: expected 1 to {SPARSE.sparse_query_tokens}, longer"):
+        next(score_documents(make(), documents(1, 100), 80, [Method("ours", SPARSE)], step_tokens=20))
+
+
 def test_documents_side_by_side_score_as_one_by_one() -> None:
     ids, methods = documents(3, 100), [Method("ours", SPARSE)]
     ((_, together),) = score_documents(make(), ids, 90, methods, backend="reference")
@@ -108,21 +127,6 @@ def test_documents_side_by_side_score_as_one_by_one() -> None:
         ((_, (alone,)),) = score_documents(make(), row[None], 90, methods, backend="reference")
         assert alone.kl == pytest.approx(score.kl, rel=1e-3)
         assert alone.nll == pytest.approx(score.nll, rel=1e-4)
-
-
-def test_kept_mass_is_reported_for_each_sparse_layer() -> None:
-    methods = [Method(DENSE, None), Method("ours", SPARSE)]
-    scores = dict(score_documents(make(), documents(1, 100), 90, methods, backend="reference", kept_mass=True))
-    assert scores[methods[0]][0].kept_mass is None
-    mass = scores[methods[1]][0].kept_mass
-    assert mass is not None
-    assert set(mass) == {"1", "2"}
-    assert all(0 < share < 1 for share in mass.values())
-
-
-def test_kept_mass_takes_one_document_at_a_time() -> None:
-    with pytest.raises(ValueError, match="kept_mass: expected one document at a time, got 2"):
-        next(score_documents(make(), documents(2, 100), 90, [], kept_mass=True))
 
 
 @pytest.mark.parametrize("context", [1, 100])

@@ -6,10 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flex_tls as tls
-from flex_tls.evaluate.methods import DENSE, METHODS, kept_tokens, make_method
+from flex_tls.evaluate.methods import DENSE, METHODS, cost, kept_tokens, make_method
 
 BASE = tls.TLSConfig(block_size=16, block_budget=96, token_budget=64, sink_tokens=16, recent_tokens=16)
-EQUAL = ["ours", "tokens", "quest_labels", "window", "oracle", "oracle_tokens", "blocks", "quest", "oracle_blocks"]
+EQUAL = [
+    "ours", "tokens", "quest_labels", "double_sparsity", "quest_double_sparsity", "window", "oracle", "oracle_tokens",
+    "blocks", "quest", "oracle_blocks",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -76,10 +79,44 @@ def test_every_method_can_be_made_from_any_budgets(
     assert method.cfg.dense_layers == cfg.dense_layers
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_costs_are_those_of_the_buffers(head_dim: int) -> None:
+    k = torch.zeros(1, 1, 4096, head_dim, dtype=torch.bfloat16)
+    for name in ("ours", "tokens", "ours:label_dims=24:label_bits=2", "quest", "quest_labels", "quest_double_sparsity"):
+        method = make_method(name, BASE, 4096)
+        assert method.cfg is not None
+        index = tls.KVIndex.build(k, method.cfg)
+        codes = index.labels.codes
+        labels = 0 if name == "quest" else codes.numel() * 4
+        # One block more than needed takes the keys that are ignored
+        blocks = 0 if index.summary is None else sum(x[:, :, 1:].numel() * 2 for x in index.summary.tensors.values())
+        assert cost(method, head_dim, 4096).index_share == pytest.approx((labels + blocks) / (2 * k.numel() * 2))
+
+
+def test_a_step_reads_the_index_and_what_it_keeps() -> None:
+    cfg = tls.TLSConfig(block_size=16, block_budget=1024, token_budget=512, sink_tokens=16, recent_tokens=16)
+    # Of 4 * 64 bytes a token: labels of 16 bytes, of all tokens at level 1 and of 1,024 at level 2
+    ours = 16 / 256 * (1 + 1 / 4) + 1 / 8
+    assert cost(make_method("ours", cfg, 4096), 64, 4096).read_share == pytest.approx(ours)
+    half = cost(make_method("ours:filter_dims=16", cfg, 4096), 64, 4096).read_share
+    assert half == pytest.approx(8 / 256 + 16 / 256 / 4 + 1 / 8)
+    quest = cost(make_method("quest", cfg, 4096), 64, 4096).read_share
+    assert quest == pytest.approx(256 / 16 / 256 + 1 / 8)
+    for name in ("window", "h2o"):
+        assert cost(make_method(name, cfg, 4096), 64, 4096) == (0.0, 1 / 8)
+    assert cost(make_method(DENSE, cfg, 4096), 64, 4096) == (0.0, 1.0)
+
+
 def test_settings_change_the_method() -> None:
     cfg = make_method("ours:label_dims=16:filter_dims=None:block_reduce=logsumexp:box_radius=0.5", BASE, 400).cfg
     assert cfg is not None
     assert (cfg.label_dims, cfg.filter_dims, cfg.block_reduce, cfg.box_radius) == (16, None, "logsumexp", 0.5)
+
+
+def test_values_may_be_multiples_and_layers() -> None:
+    cfg = make_method("ours:block_budget=x2:token_budget=x1/2:dense_layers=8+0", BASE, 400).cfg
+    assert cfg is not None
+    assert (cfg.block_budget, cfg.token_budget, cfg.dense_layers) == (192, 32, (0, 8))
 
 
 def test_dense_has_no_configuration() -> None:
@@ -89,7 +126,7 @@ def test_dense_has_no_configuration() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("h2o", "method: expected one of dense, ours, .*, got 'h2o'"),
+        ("snapkv", "method: expected one of dense, ours, .*, got 'snapkv'"),
         ("ours:labels=3", "method: expected settings FIELD=VALUE .*, got 'labels=3'"),
         ("ours:label_dims", "got 'label_dims'"),
         ("ours:label_bits=3", "label_bits: expected one of 2, 4, 8, got 3"),

@@ -9,20 +9,21 @@ from flex_tls.evaluate import rows
 from flex_tls.evaluate.summary import summarise_ppl, summarise_retrieval
 
 COMMON = {
-    "model": "m", "dtype": "float32", "backend": "auto", "device": "cpu", "flex_tls": "0", "torch": "2",
+    "model": "m", "dtype": "float32", "backend": "reference", "device": "cpu", "flex_tls": "0", "torch": "2",
     "transformers": "5", "commit": "", "date": "2026-01-01", "index_share": 0.1,
+    "read_share": 0.2,
 }  # fmt: skip
 
 
 def ppl_row(digest: str, method: str = "dense", kl: float = 0.0, nll: float = 1.0) -> rows.PplRow:
     return rows.PplRow(
         eval="ppl", **COMMON, method=method, config=None, digest=digest, document="d", context_tokens=10,
-        score_tokens=5, kl=kl, nll=nll, nll_dense=1.0, agreement=1.0, kept_mass=None,
+        score_tokens=5, step_tokens=1, kl=kl, nll=nll, nll_dense=1.0, agreement=1.0,
     )  # fmt: skip
 
 
-def retrieval_row(digest: str, score: float, config: dict[str, int] | None) -> rows.RetrievalRow:
-    return rows.RetrievalRow(
+def retrieval_row(digest: str, score: float, config: dict[str, int] | None) -> rows.AnswerRow:
+    return rows.AnswerRow(
         eval="retrieval", **COMMON, method="dense" if config is None else "ours", config=config, digest=digest,
         task="single", length_tokens=100, prompt_tokens=99, depth=None, seed=0, template="", references=["1"],
         prediction="", score=score,

@@ -16,7 +16,11 @@ from flex_tls.prefill import read_prompt
 from flex_tls.stopping import Stops
 from tests.integrations.models import SPARSE, make, prompts, tokenizer
 
-pytestmark = pytest.mark.cuda
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*Profiler clears events at the end of each cycle:UserWarning"),
+]
 
 # Fewer than would outgrow the fit of the prompt's 90 tokens: fitting anew synchronises, and comes once in 4,096 tokens
 STEPS = 250
@@ -29,8 +33,8 @@ SAMPLINGS = {
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -56,7 +56,7 @@ def test_the_text_says_what_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     text = str(tls.explain(model, cache_for(model), context_tokens=36))
     assert "compiled: the compiled step has no sliding windows" in text
     assert "0       full       36      sdpa" in text
-    assert "dense_layers=1: the first layers stay dense" in text
+    assert "dense_layers=1: this layer stays dense" in text
     assert "36 tokens in sight, the budgets hold 32" in text
     assert "not triton: it takes no score_mod and no mask_mod" in text
     model = make("qwen3")

@@ -402,7 +402,7 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"gpu_fraction: expected at least 0\.4615, .*got 3 blocks"):
         cache_for(model, tls.OffloadConfig(gpu_fraction=0.3))
     with pytest.raises(
-        ValueError, match=r"offload: expected a layer with full attention past dense_layers=1, got none"
+        ValueError, match=r"offload: expected a layer with full attention besides dense_layers=1, got none"
     ):
         cache_for(make("mistral, window"), EXACT)
     with pytest.raises(BackendUnavailable, match="do not read a pool of block slots yet"):

@@ -95,12 +95,12 @@ def test_flex_over_a_pool_computes_what_the_reference_does(t: int, mods: bool, d
     """Several contents and permutations for each compiled shape."""
     score_mod, mask_mod = (alibi, window) if mods else (None, None)
     global SLOPES
-    SLOPES = SLOPES.to(device)
     for seed, lens in enumerate(([400, 37], [160, 399])):
         case = make(CFG, lens=lens, s=400, t=t, d=16, seed=seed)
         index, scale = case.index(), 0.3
         held = torch.rand(2, 2, index.n_blocks, generator=torch.Generator().manual_seed(seed)) < 0.7
         pool = paged(case, 12, seed, held)
+        SLOPES = SLOPES.cpu()
         scored = score(case.q, index, CFG, "reference", mask_mod, scale, score_mod)
         look = kept(scored.chosen, held)
         # Listed blocks hold numbers; all others are NaN
@@ -113,6 +113,7 @@ def test_flex_over_a_pool_computes_what_the_reference_does(t: int, mods: bool, d
         low, truth = outs
         moved = case_to(device, case, index, pool, scored, look)
         q, k, v, pages, there, blocks, index = moved
+        SLOPES = SLOPES.to(device)
         again = score(q, index, CFG, "flex", mask_mod, scale, score_mod)
         torch.testing.assert_close(again.blocks, there.blocks, rtol=1e-4, atol=1e-4)
         out = attend_pages(q, k, v, pages, there, blocks, index, CFG, "flex", mask_mod, scale, score_mod).out

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import main
+from bench.report import write_report
+from flex_tls import TLSConfig
+from flex_tls.cli.plots import ablations, pareto
+from flex_tls.evaluate import rows
+from flex_tls.evaluate.methods import cost
+from flex_tls.evaluate.sets import make_methods
+from flex_tls.evaluate.summary import summarise_ppl
+
+ORIGIN = {
+    "model": "m", "dtype": "float32", "device": "cpu", "flex_tls": "0", "torch": "2", "transformers": "5",
+    "commit": "0123456789abcdef", "date": "2026-01-01T00:00:00Z",
+}  # fmt: skip
+CFG = TLSConfig(block_size=32, block_budget=1024, token_budget=512, sink_tokens=32, recent_tokens=32)
+
+
+def ppl_rows(*specs: str) -> list[rows.Row]:
+    dice = random.Random(0)
+    methods, _ = make_methods(specs, [CFG], 4096)
+    return [
+        rows.PplRow(
+            eval="ppl", **ORIGIN, method=m.name, config=m.config, backend="reference", **cost(m, 64, 4096)._asdict(),
+            digest=str(i), document=f"{half}/{i}.txt", context_tokens=4096, score_tokens=8, step_tokens=8,
+            kl=dice.random() if m.cfg else 0.0, nll=1.0, nll_dense=1.0, agreement=0.9,
+        )
+        for m in methods
+        for i, half in enumerate(("choosing", "confirming", "choosing"))
+    ]  # fmt: skip
+
+
+def other_rows() -> list[rows.Row]:
+    common = {
+        **ORIGIN, "method": "ours", "config": asdict(CFG), "backend": "reference", "index_share": 0.1,
+        "read_share": 0.2,
+    }  # fmt: skip
+    table = [[0.9, 0.8], [0.7, 0.95]]
+    found: list[rows.Row] = [
+        rows.AttentionRow(
+            eval="attention", **common, digest=str(i), document="d", context_tokens=4096, score_tokens=8, layers=[2, 3],
+            mass_blocks=table, mass_tokens=table, heavy_blocks=table, heavy_tokens=table,
+            locality=[0.8, 0.9], missed_bound=table,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    found += [
+        rows.AnswerRow(
+            eval="retrieval", **common, digest=f"{depth}", task="single", length_tokens=100, prompt_tokens=99,
+            depth=depth, seed=0, template="", references=["1"], prediction="", score=depth,
+        )
+        for depth in (0.0, 1.0)
+    ]  # fmt: skip
+    return found
+
+
+def test_a_report_has_every_section_with_rows_and_the_command_of_every_other(tmp_path: Path) -> None:
+    rows.append(tmp_path / "accuracy.jsonl", ppl_rows("comparison"))
+    rows.append(tmp_path / "accuracy-ablation.jsonl", ppl_rows("ablation", "frontier"))
+    rows.append(tmp_path / "accuracy-more.jsonl", other_rows())
+    synthetic = [
+        "run",
+        "synthetic",
+        "--context",
+        "600",
+        "--block-budget",
+        "256",
+        "--token-budget",
+        "192",
+        "--seeds",
+        "1",
+    ]
+    assert main([*synthetic, "--out", str(tmp_path / "synthetic.jsonl")]) == 0
+    out = tmp_path / "docs" / "report.md"
+    written = write_report(tmp_path, out)
+    names = {"report.md", "accuracy.svg", "ablation.svg", "frontier.svg", "attention.svg", "depths.svg"}
+    assert {path.name for path in written} == names
+    text = out.read_text(encoding="utf-8")
+    assert "No rows yet" not in text
+    for path in written[1:]:
+        assert f"(report/{path.name})" in text
+        assert path.stat().st_size > 5000
+    assert "`quest_double_sparsity`" in text
+    assert "3: 82.5%" in text or "2: 85.0%" in text
+
+
+def test_without_rows_a_report_says_how_to_get_them(tmp_path: Path) -> None:
+    assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "report.md")]) == 0
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert text.count("No rows yet") == 7
+    assert "flex-tls eval ablate out/texts/choosing --documents 12 --context-tokens 7168" in text
+
+
+def test_an_ablation_changes_one_component_at_a_time() -> None:
+    ((base, changes),) = ablations(ppl_rows("ablation"))
+    assert base.method == "ours"
+    assert {component for component, *_ in changes} >= {"index", "label channels", "block budget", "dense layers"}
+    for _, change, line, ratio in changes:
+        assert line.config is not None
+        assert base.config is not None
+        differs = {key for key, value in line.config.items() if value != base.config[key]}
+        assert differs == {setting.partition("=")[0] for setting in change.split(":")}
+        assert ratio.mean == pytest.approx(line.kl.mean / base.kl.mean)
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    lines = [line for line in summarise_ppl(ppl_rows("frontier")) if line.config]
+    front = pareto(lines, "index_share")
+    for line in front:
+        assert not any(x.index_share <= line.index_share and x.kl.mean < line.kl.mean for x in lines)
+    assert len({line.index_share for line in front}) == len(front) > 1
