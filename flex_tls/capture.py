@@ -16,7 +16,8 @@ def captured(
     """A function that replays ``call``, which reads and writes tensors at fixed addresses and returns nothing.
 
     ``call`` runs twice before it is recorded, on a stream of its own; what it did to ``state`` and to ``generator`` is
-    taken back each time, so that the first replay is its first effect.
+    taken back each time, so that the first replay is its first effect. Other things that it writes stay: a pool of
+    block slots (offload) then holds what the first step selects.
     """
     kept = [x.clone() for x in state]
     randomness = None if generator is None else generator.get_state()

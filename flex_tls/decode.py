@@ -18,7 +18,7 @@ from ._code import with_own_code
 from .cache import TLSCache
 from .cache_layer import TLSLayer
 from .capture import captured
-from .fused import why_not_here
+from .fused import GROUP_REDUCE, why_not_here
 from .integrations.huggingface import STEP, enabled, end_of_sequence_ids
 from .lookup import lookup_steps
 from .notice import clock
@@ -200,6 +200,7 @@ class Loop:
     def compiled_steps(self, n: int) -> Generator[Tensor, None, None]:
         """As :meth:`eager_steps`, compiled; on CUDA the host is up to LAG steps behind the device."""
         cache, cfg = self.cache, self.cache.cfg
+        cache.refit_if_outgrown()
         if n and not cache.prepare():
             # The next step waits for all that it selects
             yield from self.eager_steps(1)
@@ -302,6 +303,12 @@ class DecodeStep:
 
 def why_not_compiled(cache: TLSCache, device: torch.device) -> str | None:
     """What keeps a cache from the compiled step on ``device``; None if nothing does."""
+    if cache.backend not in ("auto", "triton"):
+        return f"the compiled step runs the fused kernel, backend='auto' or 'triton', got {cache.backend!r}"
+    if cache.recorder is not None:
+        return "the compiled step records nothing, which the cache's recorder asks for"
+    if cache.cfg.group_reduce not in GROUP_REDUCE:
+        return f"the fused kernel has no group_reduce={cache.cfg.group_reduce!r}"
     if cache.cfg.index != "lowrank":
         return f"the compiled step scores token labels, index='lowrank', got index={cache.cfg.index!r}"
     if cache.offload_config is not None and cache.offload_config.transfer != "kernel":

@@ -17,6 +17,7 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 INSTALLED = find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GROUP_REDUCE = ("softmax_mean", "max", "mean")
 
 
 def why_not_here(device: torch.device) -> str | None:
@@ -25,6 +26,12 @@ def why_not_here(device: torch.device) -> str | None:
         return "triton is not installed; pip install triton"
     if device.type != "cuda" and not _interpreted():
         return f"its kernels need a CUDA device, got {device}"
+    # A traced call cannot ask
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        if torch.version.hip is not None:
+            return "its kernels are for NVIDIA GPUs, got a ROCm build of torch"
+        if torch.cuda.get_device_capability(device) < (9, 0):
+            return f"its kernels need compute capability 9.0 (Hopper) or newer, got {torch.cuda.get_device_name()}"
     return None
 
 
@@ -34,8 +41,8 @@ def why_not_fused(q: Tensor, k: Tensor, v: Tensor, cfg: TLSConfig, *, has_mods: 
         return "it takes no score_mod and no mask_mod"
     if cfg.index != "lowrank":
         return f"it scores token labels, index='lowrank', got index={cfg.index!r}"
-    if cfg.group_reduce == "softmax_max":
-        return "its kernels have no group_reduce='softmax_max'"
+    if cfg.group_reduce not in GROUP_REDUCE:
+        return f"it has no group_reduce={cfg.group_reduce!r}"
     if q.dtype not in DTYPES:
         return f"it takes bfloat16, float16 and float32, got {q.dtype}"
     if q.shape[2] > MAX_QUERY_TOKENS:

@@ -151,7 +151,9 @@ def attend(
     follow(NATIVE)
     row, head, position = locate(seq_lens, n_heads, T)
     if MODE == "all":
+        # What the row holds is shared, not what the cache has room for
         n = position + 1
+        per_program = tl.cdiv(tl.cdiv(n, PROGRAMS), TILE) * TILE
     elif MODE == "blocks":
         n = tl.load(counts + row) * BLOCK_SIZE
     else:

@@ -175,6 +175,8 @@ def launch_two_level(
     ``given``, what that call left, it goes on from there (phases 2 and 3) inside the blocks that ``given`` names.
     ``pages`` int32 [B * HKV, N]: block n of a KV head is page ``pages[n]`` of k and v [B, HKV, P, block_size, D].
     """
+    assert group_reduce in ("softmax_mean", "max", "mean"), group_reduce
+    assert block_reduce in ("max", "logsumexp"), block_reduce
     b, hq, t, d = q.shape
     _, hkv, w, s = codes.shape
     rows, group, n, channels = b * hkv * t, hq // hkv, s // block_size, to_query.shape[-1]

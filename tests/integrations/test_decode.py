@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import flex_tls as tls
 from flex_tls.integrations.huggingface import enabled
 from flex_tls.prefill import read_prompt
+from flex_tls.record import Recorder
 from flex_tls.static import append_tokens, attend_all
 from tests.cases import make as make_case
 from tests.integrations.models import FAMILIES, FULL, SPARSE, make, prompts, tokenizer
@@ -219,6 +221,16 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"inductor_options: expected options of torch\.compile.*no_such_option"):
         tls.generate(model, ids, cache=unread, max_new_tokens=4, inductor_options={"no_such_option": True})
     box = tls.TLSConfig(block_size=16, block_budget=48, token_budget=32, sink_tokens=4, recent_tokens=8, index="box")
+    other = dataclasses.replace(SPARSE, group_reduce="softmax_max")
+    with pytest.raises(ValueError, match=r"no group_reduce='softmax_max'; pass compiled=False"):
+        tls.generate(model, ids, cache=cache_for(model, 1, cfg=other), max_new_tokens=4, compiled=True)
+    reference = tls.TLSCache(model.config, SPARSE, max_len=160, backend="reference")
+    with pytest.raises(ValueError, match=r"backend='auto' or 'triton', got 'reference'"):
+        tls.generate(model, ids, cache=reference, max_new_tokens=4, compiled=True)
+    recorded = cache_for(model, 1)
+    recorded.recorder = Recorder()
+    with pytest.raises(ValueError, match="records nothing"):
+        tls.generate(model, ids, cache=recorded, max_new_tokens=4, compiled=True)
     with pytest.raises(ValueError, match="index='lowrank'"):
         tls.generate(model, ids, cache=cache_for(model, 1, cfg=box), max_new_tokens=4, compiled=True)
 

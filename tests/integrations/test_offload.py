@@ -407,8 +407,11 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         cache_for(make("mistral, window"), EXACT)
     with pytest.raises(BackendUnavailable, match="read no pool of block slots"):
         cache_for(model, EXACT, backend="triton")
-    with pytest.raises(ValueError, match=r"does not read a pool of block slots yet.*compiled=False"):
-        tls.generate(model, prompts(30)["input_ids"], cache=cache_for(model, EXACT), max_new_tokens=2, compiled=True)
+    copies = cache_for(model, tls.OffloadConfig(transfer="copy"), backend="auto")
+    with pytest.raises(
+        ValueError, match=r"moves blocks by a kernel, transfer='kernel', got 'copy'; pass compiled=False"
+    ):
+        tls.generate(model, prompts(30)["input_ids"], cache=copies, max_new_tokens=2, compiled=True)
     monkeypatch.setattr("flex_tls.offloaded_layer.host_bytes_available", lambda: 1000)
     with pytest.raises(
         MemoryError,
