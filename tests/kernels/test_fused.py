@@ -12,6 +12,7 @@ from torch import Tensor
 
 import flex_tls as tls
 from flex_tls.attention import Attended, attend
+from flex_tls.fused import why_not_here
 from flex_tls.reference import attention_reference
 from tests.cases import Case, assert_as_exact, cases, make
 
@@ -162,6 +163,13 @@ def test_the_op_is_registered_as_pytorch_wants_it() -> None:
          index.arrivals, 4, 32, 8, 100, 16, 40, 0.25, 16, "max", "softmax_mean"),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
+
+
+def test_older_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    obstacle = why_not_here(torch.device("cuda"))
+    assert obstacle == "its kernels need compute capability 9.0 (Hopper) or newer, got NVIDIA A100"
 
 
 @pytest.mark.cuda
