@@ -18,7 +18,7 @@ from ._code import with_own_code
 from .cache import TLSCache
 from .cache_layer import TLSLayer
 from .capture import captured
-from .fused import GROUP_REDUCE, why_not_here
+from .fused import why_not_configured, why_not_here
 from .integrations.huggingface import STEP, enabled, end_of_sequence_ids
 from .lookup import lookup_steps
 from .notice import clock
@@ -307,10 +307,8 @@ def why_not_compiled(cache: TLSCache, device: torch.device) -> str | None:
         return f"the compiled step runs the fused kernel, backend='auto' or 'triton', got {cache.backend!r}"
     if cache.recorder is not None:
         return "the compiled step records nothing, which the cache's recorder asks for"
-    if cache.cfg.group_reduce not in GROUP_REDUCE:
-        return f"the fused kernel has no group_reduce={cache.cfg.group_reduce!r}"
-    if cache.cfg.index != "lowrank":
-        return f"the compiled step scores token labels, index='lowrank', got index={cache.cfg.index!r}"
+    if obstacle := why_not_configured(cache.cfg):
+        return obstacle
     if cache.offload_config is not None and cache.offload_config.transfer != "kernel":
         return f"the compiled step moves blocks by a kernel, transfer='kernel', got {cache.offload_config.transfer!r}"
     if any(layer.window is not None for layer in cache.tls_layers):

@@ -35,14 +35,21 @@ def why_not_here(device: torch.device) -> str | None:
     return None
 
 
+def why_not_configured(cfg: TLSConfig) -> str | None:
+    """What in a configuration keeps it from the fused kernels; None if nothing does."""
+    if cfg.index != "lowrank":
+        return f"the fused kernel scores token labels, index='lowrank', got index={cfg.index!r}"
+    if cfg.group_reduce not in GROUP_REDUCE:
+        return f"the fused kernel has no group_reduce={cfg.group_reduce!r}"
+    return None
+
+
 def why_not_fused(q: Tensor, k: Tensor, v: Tensor, cfg: TLSConfig, *, has_mods: bool, scale: float) -> str | None:
     """What keeps a call from the fused kernels; None if nothing does."""
     if has_mods:
         return "it takes no score_mod and no mask_mod"
-    if cfg.index != "lowrank":
-        return f"it scores token labels, index='lowrank', got index={cfg.index!r}"
-    if cfg.group_reduce not in GROUP_REDUCE:
-        return f"it has no group_reduce={cfg.group_reduce!r}"
+    if obstacle := why_not_configured(cfg):
+        return obstacle
     if q.dtype not in DTYPES:
         return f"it takes bfloat16, float16 and float32, got {q.dtype}"
     if q.shape[2] > MAX_QUERY_TOKENS:
