@@ -8,7 +8,7 @@ from torch import Tensor
 from .config import TLSConfig
 from .fused import attend_chosen, attend_fused, choose_blocks
 from .index import KVIndex
-from .offload import LayerOffload, ops
+from .offload import LayerOffload
 
 
 def decode_layer(
@@ -43,7 +43,7 @@ def decode_offloaded(
     Earlier transfers must have been joined, and this step's be joined before the next one. What the step attends to is
     up to the engine's policy; a context that the budgets hold is selected whole.
     """
-    labels, pool, config = index.labels, engine.pool, engine.config
+    labels, pool = index.labels, engine.pool
     assert labels.bits is not None
     append_to_pool(
         k_new, v_new, start, pool.slots, pool.slot_of_block, labels.codes, labels.to_code, labels.offset, labels.bits
@@ -51,12 +51,8 @@ def decode_offloaded(
     seq_lens = start + 1
     chosen = choose_blocks(q, index, cfg, scale, seq_lens)
     heads = (q.shape[0], pool.slots.shape[1])
-    attended, counts = ops.plan(
-        pool, chosen.blocks.view(*heads, -1), chosen.scores.view(*heads, *chosen.scores.shape[1:]), start, seq_lens,
-        n_ahead=engine.n_ahead, waits_above=config.waits_above, resident_too=config.attends_resident,
-    )  # fmt: skip
-    ops.transfer(
-        engine.store, pool, n_written=1, n_programs=config.transfer_programs, may_wait=config.waits_above < float("inf")
+    attended, counts = engine.traced_step(
+        chosen.blocks.view(*heads, -1), chosen.scores.view(*heads, *chosen.scores.shape[1:]), start, seq_lens
     )
     inside = chosen._replace(blocks=attended.flatten(0, 1), counts=counts.flatten())
     return attend_chosen(q, pool.slots, pool.slot_of_block, inside, index, cfg, scale, seq_lens)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import OffloadConfig
 from .memory import check_host_bytes, host_bytes_available
-from .ops import KernelTransfers, plan
+from .ops import KernelTransfers, plan, transfer
 from .pool import COUNTERS, DevicePool
 from .residency import attended_blocks, open_blocks, plan_step
 from .store import HostStore
@@ -141,6 +141,22 @@ class LayerOffload:
         if chosen is not None and ids.shape[2] == 1:
             return chosen[0][:, :, None], chosen[1][:, :, None]
         return attended_blocks(self.pool, ids, positions, resident_too=resident_too)
+
+    def traced_step(self, ids: Tensor, scores: Tensor, start: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`step` for one token of a compiled step: by the kernels, on a CPU too; the host keeps no state.
+
+        ids int32 [B, HKV, K] -> blocks to attend to, int32 [B, HKV, A], and their counts [B, HKV].
+        """
+        config = self.config
+        attended = plan(
+            self.pool, ids, scores, start, seq_lens, n_ahead=self.n_ahead, waits_above=config.waits_above,
+            resident_too=config.attends_resident,
+        )  # fmt: skip
+        transfer(
+            self.store, self.pool, n_written=1, n_programs=config.transfer_programs,
+            may_wait=config.waits_above != float("inf"),
+        )  # fmt: skip
+        return attended
 
     def join(self) -> None:
         """What follows comes after every transfer so far."""
