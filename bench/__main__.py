@@ -107,6 +107,31 @@ def run_operator(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def run_index(args: argparse.Namespace) -> int:
+    """Measure what building and growing the index costs, and append rows."""
+    from .index_build import CASES, measure
+    from .timing import read_bytes_per_us
+
+    device = torch.device(args.device)
+    machine = rows.machine(device, args.commit, args.dirty)
+    names = (
+        list(cases.SUITES["quick"].cases)
+        if args.quick
+        else _matching(args.cases or ",".join(CASES), cases.CASES, "cases")
+    )
+    out = args.out or (QUICK_ROWS.with_name("index-quick.jsonl") if args.quick else ROWS.with_name("index.jsonl"))
+    bytes_per_us = read_bytes_per_us(device)
+    print(f"{machine.gpu}, torch {machine.torch}; read bandwidth, measured: {bytes_per_us / 1e6:.3f} TB/s", flush=True)
+    with torch.no_grad():
+        for name in names:
+            found = measure(cases.CASES[name], device, machine, args.runs, bytes_per_us)
+            rows.append(out, found)
+            for row in found:
+                share = row.floor_us / row.median_us
+                print(f"{name} {row.provider}: {row.median_us:.1f} us, {share:.0%} of the bandwidth", flush=True)
+    return 0
+
+
 def run_offload(args: argparse.Namespace) -> int:
     """Measure the offload engine, part by part, and append rows."""
     from . import offload
@@ -235,6 +260,15 @@ def _parser() -> argparse.ArgumentParser:
     operator.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
     operator.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
     operator.set_defaults(command=run_operator)
+    index = run.add_parser("index", help="building and growing the index")
+    index.add_argument("--cases", help="names or patterns, comma-separated, such as 'qwen3-8b-b1-*'")
+    index.add_argument("--runs", type=int, default=50, help="samples per provider, at least 2")
+    index.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    index.add_argument("--quick", action="store_true", help="tiny shapes: every line runs, no figure means anything")
+    index.add_argument("--out", type=Path, help="rows file, appended to (default bench/results/index.jsonl)")
+    index.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
+    index.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
+    index.set_defaults(command=run_index)
     offload = run.add_parser("offload", help="the offload engine: link, overlap, steps with real locality, quality")
     offload.add_argument("--parts", default="link,overlap,steps", help=",".join(OFFLOAD_PARTS))
     offload.add_argument("--batch", type=_numbers, default=[1, 4], help="steps: batch sizes")

@@ -15,7 +15,7 @@ from .attention import Backend, check_backend, resolve_backend
 from .audit import Auditor, OnDrift
 from .cache_layer import Shared, TLSLayer, new_index
 from .config import TLSConfig
-from .fused import why_not_here
+from .device import why_not_here
 from .memory import free_bytes, longest_that_fits
 from .model_config import ModelShape, read_model_config
 from .offload import LayerStats, OffloadConfig, ops

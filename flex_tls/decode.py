@@ -18,7 +18,8 @@ from ._code import with_own_code
 from .cache import TLSCache
 from .cache_layer import TLSLayer
 from .capture import captured
-from .fused import why_not_configured, why_not_here
+from .device import why_not_here
+from .fused import why_not_configured
 from .integrations.huggingface import STEP, enabled, end_of_sequence_ids
 from .lookup import lookup_steps
 from .notice import clock

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import TLSConfig
+from .device import is_interpreted, why_not_here
 from .index import MAX_QUERY_TOKENS, KVIndex
 from .mods import query_positions
 from .selection import BlockSelection, TokenSelection
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-INSTALLED = find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUP_REDUCE = ("softmax_mean", "max", "mean")
-
-
-def why_not_here(device: torch.device) -> str | None:
-    """What keeps the fused kernels from ``device``; None if nothing does."""
-    if not INSTALLED:
-        return "triton is not installed; pip install triton"
-    if device.type != "cuda" and not _interpreted():
-        return f"its kernels need a CUDA device, got {device}"
-    # A traced call cannot ask
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        if torch.version.hip is not None:
-            return "its kernels are for NVIDIA GPUs, got a ROCm build of torch"
-        if torch.cuda.get_device_capability(device) < (9, 0):
-            return f"its kernels need compute capability 9.0 (Hopper) or newer, got {torch.cuda.get_device_name()}"
-    return None
 
 
 def why_not_configured(cfg: TLSConfig) -> str | None:
@@ -59,16 +43,9 @@ def why_not_fused(q: Tensor, k: Tensor, v: Tensor, cfg: TLSConfig, *, has_mods: 
     if scale <= 0:
         return f"it takes a positive scale, got {scale}"
     obstacle = why_not_here(q.device)
-    if obstacle is None and q.dtype == torch.bfloat16 and _interpreted():
+    if obstacle is None and q.dtype == torch.bfloat16 and is_interpreted():
         return "triton's interpreter multiplies bfloat16 as integers (3.7)"
     return obstacle
-
-
-def _interpreted() -> bool:
-    """Whether Triton runs kernels on the CPU, slowly, for tests; it says so itself."""
-    from .kernels.tiles import NATIVE
-
-    return not NATIVE
 
 
 def attend_fused(

@@ -206,7 +206,7 @@ class KVIndex:
         """
         self.fit(k, self.seq_lens)
         for first, chunk in self._chunks(KeyChunks.of(k)):
-            self.labels.codes[..., first : first + chunk.shape[2]] = self.labels.encode(chunk)
+            self.labels.write(chunk, torch.full_like(self.seq_lens, first))
 
     def append(self, k_new: Tensor, counts: Tensor | None = None) -> None:
         """Take new keys k_new [B, HKV, T, D], in place. ``counts`` int64 [B]: valid keys of each row (default T).
@@ -220,8 +220,7 @@ class KVIndex:
             position = self.seq_lens[:, None] + torch.arange(t, device=k_new.device)
             longest = self.max_len + t
             self._check_room(longest)
-            codes = self.labels.encode(k_new)
-            self.labels.codes.scatter_(3, position[:, None, None].expand(codes.shape), codes)
+            self.labels.write(k_new, self.seq_lens)
             if self.summary is not None:
                 self.summary.add(k_new, position // self.cfg.block_size)
             self.seq_lens += t
@@ -232,8 +231,7 @@ class KVIndex:
             self._check_room(longest)
             valid = torch.arange(t, device=k_new.device) < counts[:, None]
             position = self.seq_lens[:, None] + torch.arange(t, device=k_new.device)
-            row, token = valid.nonzero(as_tuple=True)
-            self.labels.codes[row, :, :, position[row, token]] = self.labels.encode(k_new)[row, :, :, token]
+            self.labels.write(k_new, self.seq_lens, counts)
             if self.summary is not None:
                 self.summary.add(k_new, torch.where(valid, position // self.cfg.block_size, self.n_blocks))
             self.seq_lens += counts

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import LabelBasis
+from .device import why_not_here
 
 
 @dataclass
@@ -138,6 +139,22 @@ class TokenLabels:
         words = (codes << torch.arange(0, 32, self.bits, dtype=torch.int32, device=k.device)).sum(-1, dtype=torch.int32)
         return words.transpose(-1, -2)
 
+    def write(self, k: Tensor, start: Tensor, counts: Tensor | None = None) -> None:
+        """Label keys k [B, HKV, T, D] in slots ``start[b] + t``; of row b the first ``counts[b]``, all by default.
+
+        start and counts int64 [B]. One kernel where it runs, and no host synchronisation; on a CPU ``counts`` take one.
+        """
+        if self.bits is not None and k.is_cuda and why_not_here(k.device) is None:
+            label_keys(k, start, counts, self.codes, self.to_code, self.offset, self.bits)
+            return
+        codes = self.encode(k)
+        position = start[:, None] + torch.arange(k.shape[2], device=k.device)
+        if counts is None:
+            self.codes.scatter_(3, position[:, None, None].expand(codes.shape), codes)
+            return
+        row, token = (torch.arange(k.shape[2], device=k.device) < counts[:, None]).nonzero(as_tuple=True)
+        self.codes[row, :, :, position[row, token]] = codes[row, :, :, token]
+
     def scores(self, q: Tensor, dims: int | None = None) -> Tensor:
         """Approximate ``q . (k - center)`` of every slot. q [B, HKV, R, D] -> float32 [B, HKV, R, S].
 
@@ -175,6 +192,18 @@ class TokenLabels:
             value = (self.codes[:, :, word] >> (place * self.bits)) & (2**self.bits - 1)
             total = total + asked[..., channel, None] * value[:, :, None].to(torch.float32)
         return base + unit * total
+
+
+@torch.library.custom_op("flex_tls::label_keys", mutates_args=("codes",))
+def label_keys(
+    k: Tensor, start: Tensor, counts: Tensor | None, codes: Tensor, to_code: Tensor, offset: Tensor, bits: int
+) -> None:
+    """See :func:`flex_tls.kernels.label_keys.launch_label_keys`."""
+    from .kernels.label_keys import launch_label_keys
+
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    with torch.cuda.device_of(k):  # type: ignore[no-untyped-call,unused-ignore]
+        launch_label_keys(k, start, counts, codes, to_code, offset, bits=bits)
 
 
 def _moment(total: Tensor, count: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flex_tls.fused import why_not_here
+from flex_tls.device import why_not_here
 
 from ..cases import Case
 from ..inputs import InputSet

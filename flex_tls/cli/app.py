@@ -18,8 +18,8 @@ from rich.table import Table
 from ..attention import Backend, BackendUnavailable, resolve_backend
 from ..cache import TLSCache
 from ..config import TLSConfig
+from ..device import why_not_here
 from ..explanation import explain
-from ..fused import why_not_here
 from ..offload import OffloadConfig
 from .compare import compare
 from .evaluate import eval_app

@@ -14,7 +14,7 @@ from ..attention import Backend
 from ..cache import TLSCache
 from ..cache_layer import new_index
 from ..config import TLSConfig
-from ..fused import why_not_here
+from ..device import why_not_here
 from ..integrations.huggingface import enabled
 from ..record import Recorder
 from .eviction import evicting_cache

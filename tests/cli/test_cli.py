@@ -8,7 +8,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from flex_tls import fused
+from flex_tls import device
 from flex_tls.cli import app as cli
 from flex_tls.cli import options, weights
 from flex_tls.cli.texts import library_source
@@ -58,7 +58,7 @@ def test_inspect_explains_a_model_without_its_weights(model_folder: Path, tmp_pa
 
 
 def test_inspect_says_why_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "INSTALLED", False)
+    monkeypatch.setattr(device, "INSTALLED", False)
     result = runner.invoke(cli.app, ["inspect"])
     assert "triton is not installed" in result.output
 

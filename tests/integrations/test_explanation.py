@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flex_tls as tls
-from flex_tls import attention, cache_layer, explanation, fused
+from flex_tls import attention, cache_layer, device, explanation
 from tests.integrations.models import SPARSE, make, prompts
 
 WINDOWED = "qwen2, some windows"
@@ -69,7 +69,7 @@ def test_the_text_says_what_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_backend_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "INSTALLED", False)
+    monkeypatch.setattr(device, "INSTALLED", False)
     model = make("llama")
     explained = tls.explain(model, cache_for(model, backend="triton"))
     assert [plan.backend for plan in explained.plans] == ["sdpa", None]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import flex_tls as tls
 from flex_tls.attention import Attended, attend
-from flex_tls.fused import why_not_here
+from flex_tls.device import why_not_here
 from flex_tls.reference import attention_reference
 from tests.cases import Case, assert_as_exact, cases, make
 

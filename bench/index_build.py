@@ -1,0 +1,85 @@
+"""The index's own cost: labels of a prompt's keys, the fit before them, and one token's append."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import flex_tls as tls
+from flex_tls.labels import TokenLabels
+from flex_tls.static import append_tokens
+
+from .cases import Case
+from .rows import Machine, Row
+from .timing import Recording, Spread, interleave, record, samples, spread
+
+CASES = ("qwen3-8b-b1-96k", "qwen3-8b-b4-96k", "qwen3-8b-b1-256k")
+
+
+def measure(case: Case, device: torch.device, machine: Machine, runs: int, bytes_per_us: float) -> list[Row]:
+    """Rows of one case: ``label_keys``, the kernel; ``label_keys_eager``; ``append``, captured; ``fit``, which waits.
+
+    Keys are larger than the L2 cache from 64k tokens on, and need no rotation. ``floor_us`` counts the bytes read; for
+    the fit once, though it reads the keys more often. ``rel_error`` is of codes against float64's, 0 for the fit.
+    """
+    torch.manual_seed(0)
+    k, v = (torch.randn(case.B, case.HKV, case.S, case.D, dtype=case.dtype, device=device) for _ in range(2))
+    q = torch.randn(case.B, case.HQ, 4096 if case.S > 4096 else case.S, case.D, dtype=case.dtype, device=device)
+    index = tls.KVIndex(
+        case.config(), batch_size=case.B, n_kv_heads=case.HKV, head_dim=case.D, capacity_tokens=case.S + 64,
+        dtype=case.dtype, device=device,
+    )  # fmt: skip
+    index.fit(k, q=q)
+    labels = index.labels
+    start, end = (torch.full((case.B,), at, dtype=torch.int64, device=device) for at in (0, case.S - 1))
+
+    def by_kernel() -> Tensor:
+        labels.write(k, start)
+        return labels.codes
+
+    def by_eager() -> Tensor:
+        return labels.encode(k)
+
+    def append() -> Tensor:
+        append_tokens(k[:, :, -1:], v[:, :, -1:], end, k, v, labels.codes, labels.to_code, labels.offset, 4)
+        return labels.codes
+
+    calls: dict[str, Callable[[], Tensor]] = {"label_keys_eager": by_eager}
+    if device.type == "cuda":
+        calls |= {"label_keys": by_kernel, "append": append}
+    recordings: dict[str, Recording] = {name: record([call], device, 4) for name, call in calls.items()}
+    taken: dict[str, Spread] = interleave(recordings, device, runs)
+    taken["fit"] = spread(samples({"fit": partial(index.fit, k, q=q)}, device, max(2, runs // 5))["fit"])
+    one_token = 2.0 * case.rows * case.D * case.dtype.itemsize
+    floors = {"append": one_token + labels.to_code.nbytes}
+    return [
+        Row(
+            bench="index", case=case.name, B=case.B, HQ=case.HQ, HKV=case.HKV, D=case.D, S=case.S,
+            block_size=case.block_size, block_budget=case.block_budget, token_budget=case.token_budget,
+            dtype=str(case.dtype).removeprefix("torch."), provider=name,
+            stage={"append": "append", "fit": "fit"}.get(name, "build"), inputs="repeated",
+            floor_us=floors.get(name, k.nbytes) / bytes_per_us,
+            rel_error=code_error(labels, calls[name]()[..., : case.S], k) if name in calls else 0.0,
+            **figures._asdict(), **machine._asdict(),
+        )
+        for name, figures in taken.items()
+    ]  # fmt: skip
+
+
+def code_error(labels: TokenLabels, codes: Tensor, k: Tensor) -> float:
+    """||codes - ref|| / ||ref|| over all channels and tokens, ref rounded from float64."""
+    assert labels.bits is not None
+    shifts = torch.arange(0, 32, labels.bits, device=k.device)
+    wrong, size = 0.0, 0.0
+    for row in range(k.shape[0]):
+        for head in range(k.shape[1]):
+            exact = k[row, head].double() @ labels.to_code[row, head].double() + labels.offset[row, head].double()
+            exact = exact.round().clamp(0, 2**labels.bits - 1)
+            got = (codes[row, head, :, :, None] >> shifts) & (2**labels.bits - 1)
+            got = got.transpose(0, 1).flatten(1)[:, : exact.shape[1]].double()
+            wrong += float((got - exact).square().sum())
+            size += float(exact.square().sum())
+    return float((wrong / size) ** 0.5)
