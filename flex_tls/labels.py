@@ -1,8 +1,8 @@
 """Token labels: every key in a few quantised dimensions, so that ``label . query`` approximates ``key . query``.
 
 Per row and KV head, from the prompt alone. With Ck the second moment of the centred keys and Cq that of the prompt's
-queries, A = Cq^(1/2) and V the leading eigenvectors of A Ck A, a token's label is (A V)^T (k - mean) and the query
-becomes (A^-1 V)^T q: the error is weighted by what queries ask. Without queries A = I, which is plain PCA.
+queries, A A^T = Cq and V the leading eigenvectors of A^T Ck A, a token's label is (A V)^T (k - mean) and the query
+becomes (A^-T V)^T q: the error is weighted by what queries ask. Without queries A = I, which is plain PCA.
 With basis "channels" the columns are those of the identity instead: the channels c with the largest Cq[c,c] Ck[c,c].
 Centring shifts all scores of one query by the same amount, which no ranking and no softmax sees.
 """
@@ -218,11 +218,15 @@ def _moment(total: Tensor, count: Tensor) -> Tensor:
 
 
 def _leading_directions(ck: Tensor, cq: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """(A V, A^-1 V), both [B, HKV, D, n], of the keys' and the queries' second moments [B, HKV, D, D]."""
-    root, inverse = _roots(cq)
-    _, vectors = torch.linalg.eigh(root @ ck @ root)
+    """(A V, A^-T V), both [B, HKV, D, n], of the keys' and the queries' second moments [B, HKV, D, D].
+
+    Any A with A A^T = Cq gives the same labels. Cholesky's factor takes no eigenproblem, of which cuSOLVER solves one
+    matrix at a time.
+    """
+    root = _root(cq)
+    _, vectors = torch.linalg.eigh(root.transpose(-1, -2) @ ck @ root)
     lead = vectors.flip(-1)[..., :n]
-    return root @ lead, inverse @ lead
+    return root @ lead, torch.linalg.solve_triangular(root.transpose(-1, -2), lead, upper=True)
 
 
 def _heaviest_channels(ck: Tensor, cq: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -235,15 +239,14 @@ def _heaviest_channels(ck: Tensor, cq: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return chosen, chosen
 
 
-def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """(A, A^-1) with A A = moment; the identity where no query was seen."""
+def _root(moment: Tensor) -> Tensor:
+    """Lower triangular A with A A^T = moment, of unit mean and no direction below 1e-4; I where no query was seen."""
     d = moment.shape[-1]
     eye = torch.eye(d, device=moment.device)
     trace = moment.diagonal(dim1=-1, dim2=-2).sum(-1)[..., None, None]
     unit = torch.where(trace > 0, moment / trace.clamp_min(torch.finfo(torch.float32).tiny) * d, eye)
-    values, vectors = torch.linalg.eigh(unit)
-    sigma = values.clamp_min(1e-4).sqrt()[..., None, :]
-    return (vectors * sigma) @ vectors.transpose(-1, -2), (vectors / sigma) @ vectors.transpose(-1, -2)
+    # _ex: cholesky alone would wait for the device to say that nothing failed; nothing can, with 1e-4 on the diagonal
+    return torch.linalg.cholesky_ex(unit + 1e-4 * eye).L
 
 
 # From the moments of keys and queries and the number of channels to what keys and queries are multiplied with

@@ -234,6 +234,33 @@ def test_errors_name_what_was_expected_and_change_nothing(kind: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(before, index._tensors(), strict=True))
 
 
+@given(st.integers(0, 2**31), st.sampled_from((3, 12, 24)), st.booleans())
+def test_the_projection_is_the_best_of_its_rank_for_what_queries_ask(seed: int, dims: int, asked: bool) -> None:
+    torch.manual_seed(seed)
+    d = 24
+    spread = torch.logspace(0, -2, d)
+    k = torch.randn(1, 2, 400, d) * spread @ torch.linalg.qr(torch.randn(d, d)).Q
+    q = torch.randn(1, 4, 300, d) * spread @ torch.linalg.qr(torch.randn(d, d)).Q if asked else None
+    cfg = TLSConfig(block_size=16, block_budget=48, token_budget=32, sink_tokens=0, recent_tokens=8,
+                    label_dims=dims, label_bits=8)  # fmt: skip
+    labels = KVIndex.build(k, cfg, q=q).labels
+    wide = k.double() - k.double().mean(2, keepdim=True)
+    ck = wide.transpose(-1, -2) @ wide
+    cq = torch.eye(d, dtype=torch.float64).expand(1, 2, d, d)
+    if asked:
+        moment = labels.query_sum.double() / labels.query_count.double()
+        share = d / (d + float(labels.query_count))
+        cq = (1 - share) * moment + share * moment.diagonal(dim1=-1, dim2=-2).mean(-1)[..., None, None] * cq
+    # E |q k - q P k|^2 with P of rank ``dims`` is least where A^T P A^-T keeps the leading directions of A^T Ck A
+    values, vectors = torch.linalg.eigh(cq)
+    root = vectors * values.sqrt()[..., None, :] @ vectors.transpose(-1, -2)
+    least = torch.linalg.eigvalsh(root @ ck @ root)[..., : d - dims].clamp_min(0).sum(-1)
+    missed = torch.eye(d).double() - (labels.to_code * labels.step[..., None, :] @ labels.to_query.mT).double()
+    loss = (cq @ missed.mT @ ck @ missed).diagonal(dim1=-1, dim2=-2).sum(-1)
+    whole = (cq @ ck).diagonal(dim1=-1, dim2=-2).sum(-1)
+    assert bool((loss <= 1.01 * least + 1e-5 * whole).all())
+
+
 def test_channel_labels_are_the_keys_own_heaviest_channels() -> None:
     """Double Sparsity: keys' channels as they are, those of the largest products with queries, the heaviest first."""
     gen = torch.Generator().manual_seed(1)

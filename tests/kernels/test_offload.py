@@ -188,7 +188,9 @@ def test_the_ops_are_registered_as_pytorch_wants_them() -> None:
         test_utils=checks,
     )  # fmt: skip
     lists = [getattr(pool, name) for name in ops._LISTS]
+    # On the device: opcheck works on copies, and a copy of pinned memory is not pinned
+    rows = store.rows.to(DEVICE)
     torch.library.opcheck(
-        torch.ops.flex_tls.transfer_blocks.default, (store.rows, pool.slots, *lists, 1, 2, True), test_utils=checks
+        torch.ops.flex_tls.transfer_blocks.default, (rows, pool.slots, *lists, 1, 2, True), test_utils=checks
     )
     torch.library.opcheck(torch.ops.flex_tls.join_transfers.default, (pool.slots,), test_utils=checks)
