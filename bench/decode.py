@@ -222,5 +222,5 @@ def _fill(cache: tls.TLSCache, context: int) -> None:
             layer.index.fit(keys[:, :, : min(FIT_TOKENS, context)])
             for first in range(0, context, CHUNK_TOKENS):
                 tokens = slice(first, min(first + CHUNK_TOKENS, context))
-                labels.codes[..., tokens] = labels.encode(keys[:, :, tokens])
+                labels.write(keys[:, :, tokens], torch.full((keys.shape[0],), first, device=keys.device))
     cache.advance(context)
