@@ -43,7 +43,7 @@ def test_decode_cases_run_are_cut_short_and_resumed(tmp_path: Path, capsys: pyte
     out = tmp_path / "decode.jsonl"
     run = ["run", "decode", *TINY, "--providers", "transformers_default", "--contexts", "40,70", "--out", str(out)]
     assert main([*run, "--seconds", "0", "--batch", "2"]) == 0
-    assert "no time for B=2 70: 0 s of 0 are gone" in capsys.readouterr().out
+    assert "no time for B=2 70: " in capsys.readouterr().out
     assert main([*run, "--batch", "2", "--contexts", "70"]) == 0
     assert main([*run, "--batch", "2", "--resume"]) == 0
     assert [(row.B, row.context, row.provider) for row in rows.read(out, ModelRow)] == [
