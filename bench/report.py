@@ -33,10 +33,6 @@ from flex_tls.evaluate.summary import (
 )
 
 from .corpus import HALVES
-from .rows import ROOT
-
-RESULTS = ROOT / "bench" / "results"
-REPORT = ROOT / "docs" / "report.md"
 
 COMPARE = "flex-tls eval compare out/texts --documents 24 --context-tokens 7168 --score-tokens 1024 --dtype float32"
 
