@@ -6,7 +6,6 @@ the time that transfers can hide behind. Attention is not among them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from flex_tls.offload import DevicePool, HostStore, open_blocks, ops
 from torch import Tensor
+
+from flex_tls import jsonl
 
 from .rows import Machine
 from .timing import record, samples, spread
@@ -215,10 +216,7 @@ def _spread(s: Any) -> dict[str, Any]:
 
 def write(found: Iterable[dict[str, Any]], machine: Machine, out: Path) -> None:
     """Append rows to ``out`` as they come, and print them."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-        for row in found:
-            file.write(json.dumps({"bench": "offload", **row, **machine._asdict()}) + "\n")
-            file.flush()
-            shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-            print(" ".join(f"{k}={v}" for k, v in shown.items()), flush=True)
+    for row in found:
+        jsonl.append(out, [{"bench": "offload", **row, **machine._asdict()}])
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+        print(" ".join(f"{k}={v}" for k, v in shown.items()), flush=True)

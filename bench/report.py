@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -10,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from flex_tls import jsonl
 from flex_tls.cli.plot import plot_accuracy
 from flex_tls.cli.plots import (
     ablations,
@@ -33,10 +33,6 @@ from flex_tls.evaluate.summary import (
 )
 
 from .corpus import HALVES
-from .rows import ROOT
-
-RESULTS = ROOT / "bench" / "results"
-REPORT = ROOT / "docs" / "report.md"
 
 COMPARE = "flex-tls eval compare out/texts --documents 24 --context-tokens 7168 --score-tokens 1024 --dtype float32"
 
@@ -299,11 +295,11 @@ def _retrieval(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str
 
 def _synthetic(results: Path) -> Iterator[str]:
     yield "## Long contexts, planted structure\n"
-    path, command = results / "synthetic.jsonl", "python -m bench run synthetic"
-    if not path.exists():
+    command = "python -m bench run synthetic"
+    found: list[dict[str, Any]] = jsonl.read(results / "synthetic.jsonl", dict, f"expected a row of {command}")
+    if not found:
         yield f"No rows yet: `{command}`.\n"
         return
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     first = found[0]
     yield (
         f"Keys and queries are made (`bench/synthetic.py`), head dimension {first['D']}: power-law attention along 48 "

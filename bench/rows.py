@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 import platform
 import subprocess
@@ -57,10 +56,6 @@ class Measured:
         if missing or unknown:
             raise ValueError(f"missing {missing}, unknown {unknown}")
         return cls(**found)
-
-    def to_json(self) -> str:
-        """The row as one JSON line, without the line's end."""
-        return json.dumps(dataclasses.asdict(self), allow_nan=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

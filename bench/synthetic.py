@@ -7,7 +7,6 @@ query has a needle besides, one token anywhere that takes about half of its atte
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 import flex_tls as tls
+from flex_tls import jsonl
 from flex_tls.evaluate.methods import cost
 from flex_tls.evaluate.probe import caught
 from flex_tls.evaluate.sets import make_methods
@@ -139,6 +139,4 @@ def measure(
 
 def append(path: Path, machine: Machine, found: Sequence[dict[str, Any]]) -> None:
     """Add rows to a JSONL file, with where they were measured."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({**row, **machine._asdict()}) + "\n" for row in found)
+    jsonl.append(path, ({**row, **machine._asdict()} for row in found))

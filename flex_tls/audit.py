@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import TLSConfig
-from .mods import MaskMod, apply_mods
+from .mods import MaskMod, exact_scores
 from .selection import TokenSelection, keep_best, reduce_group
 
 OnDrift = Literal["report", "widen", "dense"]
@@ -155,10 +155,8 @@ def compare(
     q: Tensor, k: Tensor, tokens: TokenSelection, cfg: TLSConfig, *, scale: float, mask_mod: MaskMod | None = None
 ) -> Tensor:
     """(kept mass, KL, recall) of a selection, as in :class:`Audit`: float32 [3]. Arguments of :meth:`Auditor.add`."""
-    b, hq, t, d = q.shape
-    hkv, s = k.shape[1], k.shape[2]
-    scores = q.float().reshape(b, hkv, hq // hkv, t, d) @ k.float()[:, :, None].transpose(-1, -2) * scale
-    scores = apply_mods(scores, tokens.positions, s, None, mask_mod)
+    s = k.shape[2]
+    scores = exact_scores(q, k, tokens.positions, scale=scale, mask_mod=mask_mod)
     kept = tokens.mask[..., :s]
     missed = scores.masked_fill(~kept[:, :, None], -torch.inf).logsumexp(-1) - scores.logsumexp(-1)
     # -inf minus -inf is NaN, where a padding query sees nothing and misses nothing

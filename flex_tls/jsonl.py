@@ -1,4 +1,4 @@
-"""Dataclasses as lines of JSON in a file that only grows."""
+"""Dataclasses and dicts as lines of JSON in a file that only grows."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ T = TypeVar("T")
 
 
 def append(path: Path, rows: Iterable[Any]) -> None:
-    """Add dataclass instances to a file; makes its folder. What an interrupted write left behind is cut off first."""
+    """Add dataclasses or dicts to a file; makes its folder. What an interrupted write left behind is cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-        lines = "".join(json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n" for row in rows)
+        found = (row if isinstance(row, dict) else dataclasses.asdict(row) for row in rows)
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in found)
         file.write(lines.encode())
 
 

@@ -45,3 +45,14 @@ def apply_mods(
     if mask_mod is not None:
         keep = keep & mask_mod(row, head, query, key)
     return torch.where(keep, scores, -torch.inf)
+
+
+def exact_scores(q: Tensor, k: Tensor, positions: Tensor, *, scale: float, mask_mod: MaskMod | None = None) -> Tensor:
+    """Scores of full attention: float32 [B, HKV, G, T, S], -inf where masked or not causal.
+
+    q [B, HQ, T, D], k [B, HKV, S, D], positions int64 [B, T].
+    """
+    b, hq, t, d = q.shape
+    hkv, s = k.shape[1], k.shape[2]
+    scores = q.float().reshape(b, hkv, hq // hkv, t, d) @ k.float()[:, :, None].transpose(-1, -2) * scale
+    return apply_mods(scores, positions, s, None, mask_mod)

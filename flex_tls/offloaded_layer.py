@@ -324,9 +324,8 @@ def size_pools(layers: list[OffloadedLayer], config: OffloadConfig, dtype: torch
 def allocate_offloaded(
     layers: list[OffloadedLayer], config: OffloadConfig, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Allocate stores, pools and indexes, after a look at what the host has."""
+    """Allocate stores, pools as :func:`size_pools` left them, and indexes, after a look at what the host has."""
     shared = layers[0].shared
-    size_pools(layers, config, dtype)
     shape, b = shared.shape, shared.progress.batch_size
     token_bytes = 2 * shape.n_kv_heads * shape.head_dim * dtype.itemsize
     needed = len(layers) * b * shared.capacity_tokens * token_bytes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .index import KVIndex
-from .mods import MaskMod, apply_mods
+from .mods import MaskMod, exact_scores
 from .selection import BlockSelection, TokenSelection
 
 
@@ -175,14 +175,12 @@ def kept_mass(q: Tensor, k: Tensor, tokens: TokenSelection, *, scale: float, mas
 
     q [B, HQ, T, D], k [B, HKV, S, D]. A query that may look nowhere has kept everything: 1.
     """
-    b, hq, t, d = q.shape
-    hkv, s = k.shape[1], k.shape[2]
-    scores = q.float().reshape(b, hkv, hq // hkv, t, d) @ k.float()[:, :, None].transpose(-1, -2) * scale
-    scores = apply_mods(scores, tokens.positions, s, None, mask_mod)
+    s = k.shape[2]
+    scores = exact_scores(q, k, tokens.positions, scale=scale, mask_mod=mask_mod)
     full = scores.logsumexp(-1)
     kept = scores.masked_fill(~tokens.mask[..., :s][:, :, None], -torch.inf).logsumexp(-1)
     # -inf minus -inf is NaN, where a padding query sees nothing
-    return torch.where(full.isneginf(), 1.0, (kept - full).exp()).reshape(b, hq, t)
+    return torch.where(full.isneginf(), 1.0, (kept - full).exp()).reshape(q.shape[:3])
 
 
 def _selected(ids: Tensor, n_blocks: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..attention import Backend
 from ..bound import missed_mass_bound
 from ..index import KVIndex
-from ..mods import MaskMod, apply_mods
+from ..mods import MaskMod, exact_scores
 from ..record import Recorder
 from ..selection import BlockSelection, TokenSelection
 from ..summaries import MinMaxSummary
@@ -110,10 +110,8 @@ def caught(
 
     q [B, HQ, T, D], k [B, HKV, S, D], kept_blocks bool [B, HKV, T, N]. A query that may look nowhere misses nothing.
     """
-    b, hq, t, d = q.shape
-    hkv, s = k.shape[1], k.shape[2]
-    scores = q.float().reshape(b, hkv, hq // hkv, t, d) @ k.float()[:, :, None].transpose(-1, -2) * scale
-    scores = apply_mods(scores, tokens.positions, s, None, mask_mod)
+    s = k.shape[2]
+    scores = exact_scores(q, k, tokens.positions, scale=scale, mask_mod=mask_mod)
     p = torch.where(scores.isneginf().all(-1, keepdim=True), 0.0, scores.softmax(-1))
     ordered, order = p.sort(dim=-1, descending=True)
     # Heavy until the share is reached, the token that reaches it included
@@ -124,16 +122,14 @@ def caught(
         shares.append(((p * kept).sum(-1), (heavy & kept.gather(-1, order)).sum(-1) / heavy.sum(-1)))
     (mass_blocks, heavy_blocks), (mass_tokens, heavy_tokens) = shares
     found = torch.stack([mass_blocks, mass_tokens, heavy_blocks, heavy_tokens])
-    return torch.where(heavy.any(-1), found, 1.0).reshape(4, b, hq, t)
+    return torch.where(heavy.any(-1), found, 1.0).reshape(4, *q.shape[:3])
 
 
 def kept_lse(q: Tensor, k: Tensor, tokens: TokenSelection, *, scale: float, mask_mod: MaskMod | None = None) -> Tensor:
     """Log-sum-exp of the kept tokens' exact scores: float32 [B, HQ, T]."""
-    b, hq, t, d = q.shape
-    hkv, s = k.shape[1], k.shape[2]
-    scores = q.float().reshape(b, hkv, hq // hkv, t, d) @ k.float()[:, :, None].transpose(-1, -2) * scale
-    scores = apply_mods(scores, tokens.positions, s, None, mask_mod)
-    return scores.masked_fill(~tokens.mask[..., :s][:, :, None], -torch.inf).logsumexp(-1).reshape(b, hq, t)
+    s = k.shape[2]
+    scores = exact_scores(q, k, tokens.positions, scale=scale, mask_mod=mask_mod)
+    return scores.masked_fill(~tokens.mask[..., :s][:, :, None], -torch.inf).logsumexp(-1).reshape(q.shape[:3])
 
 
 def probe_documents(

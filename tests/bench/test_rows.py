@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from bench.__main__ import main
 from bench.plots import draw_all, table
 from bench.rows import Row, append, latest, read
+from flex_tls import jsonl
 
 ROW = Row(
     bench="operator",
@@ -60,7 +60,7 @@ def test_a_row_without_one_of_its_fields_is_refused(name: str, tmp_path: Path) -
     fields = dataclasses.asdict(ROW)
     del fields[name]
     path = tmp_path / "rows.jsonl"
-    path.write_text(f"{ROW.to_json()}\n{json.dumps(fields)}\n")
+    jsonl.append(path, [ROW, fields])
     with pytest.raises(ValueError, match=rf"rows\.jsonl:2: expected the fields .*missing \['{name}'\], unknown \[\]"):
         read(path)
 
