@@ -9,8 +9,8 @@ from torch import Tensor
 from .tiles import NATIVE, padded
 
 # Tokens of one matrix product, and products of one program: the projection is loaded, and cut in parts, once for them
-TILE = 128 if NATIVE else 16
-PRODUCTS = 4 if NATIVE else 2
+TILE = 64 if NATIVE else 16
+PRODUCTS = 8 if NATIVE else 2
 
 
 @triton.jit
@@ -64,8 +64,8 @@ def launch_label_keys(
     """Label keys k [B, HKV, T, D] in slots ``start[b] + t`` of codes int32 [B, HKV, W, S], the first ``counts[b]``."""
     b, hkv, t, d = k.shape
     w, s, c = codes.shape[2], codes.shape[3], to_code.shape[-1]
-    # Three tiles of keys, of 32 KiB each, are under way in shared memory
-    tile = min(TILE, 2**15 // (padded(d) * k.element_size()))
+    # Three tiles of keys, of 16 KiB each, are under way in shared memory: three programs to a processor
+    tile = min(TILE, max(16, 2**14 // (padded(d) * k.element_size())))
     label_keys[(-(-t // (tile * PRODUCTS)), b * hkv)](
         k, start, start if counts is None else counts, codes, to_code, offset, *k.stride()[:3], hkv, t, s,
         D=d, DP=padded(d, 16), C=c, CHANNELS=max(16, padded(w) * 32 // bits), W=w, BITS=bits,
