@@ -51,7 +51,8 @@ def main(wheel: str) -> None:
     top = {name.parts[0] for name in names if not name.parts[0].endswith(".dist-info")}
     assert top == {"flex_tls"}, f"the wheel installs {sorted(top)} at top level"
     held = {str(name) for name in names}
-    for needed in ("flex_tls/py.typed", "flex_tls/masks/__init__.py", "flex_tls/offload/__init__.py"):
+    data = ("flex_tls/py.typed", "flex_tls/kernels/tiles.json")
+    for needed in (*data, "flex_tls/masks/__init__.py", "flex_tls/offload/__init__.py"):
         assert needed in held, f"the wheel lacks {needed}"
     for name in ("masks", "offload"):
         assert importlib.util.find_spec(name) is None, f"something called {name!r} is importable at top level"

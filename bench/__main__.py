@@ -114,11 +114,8 @@ def run_index(args: argparse.Namespace) -> int:
 
     device = torch.device(args.device)
     machine = rows.machine(device, args.commit, args.dirty)
-    names = (
-        list(cases.SUITES["quick"].cases)
-        if args.quick
-        else _matching(args.cases or ",".join(CASES), cases.CASES, "cases")
-    )
+    default = cases.SUITES["quick"].cases if args.quick else CASES
+    names = _matching(args.cases or ",".join(default), cases.CASES, "cases")
     out = args.out or (QUICK_ROWS.with_name("index-quick.jsonl") if args.quick else ROWS.with_name("index.jsonl"))
     bytes_per_us = read_bytes_per_us(device)
     print(f"{machine.gpu}, torch {machine.torch}; read bandwidth, measured: {bytes_per_us / 1e6:.3f} TB/s", flush=True)
@@ -130,6 +127,36 @@ def run_index(args: argparse.Namespace) -> int:
                 share = row.floor_us / row.median_us
                 print(f"{name} {row.provider}: {row.median_us:.1f} us, {share:.0%} of the bandwidth", flush=True)
     return 0
+
+
+def tune_operator(args: argparse.Namespace) -> int:
+    """Time settings of the fused kernel and write the table that the package looks them up in."""
+    from flex_tls.kernels.tile_table import TABLE
+
+    from .tune import COORDINATES, Clock, dry, tune
+
+    clock = Clock(args.seconds)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: no CUDA device here; pass --device cpu --quick for a dry run")
+    if device.type == "cpu" and not args.quick:
+        raise ValueError("device: on a CPU there is only a dry run; pass --quick too")
+    default = cases.QUICK_TUNED if args.quick else cases.TUNED
+    names = _matching(args.cases or ",".join(default), cases.CASES, "cases")
+    coordinates = _matching(args.coordinates, COORDINATES, "coordinates")
+    runs = args.runs or (5 if args.quick else 50)
+    if runs < 2:
+        raise ValueError(f"runs: expected at least 2, got {runs}")
+    machine = rows.machine(device, args.commit, args.dirty)
+    print(f"{machine.gpu}, driver {machine.driver}, torch {machine.torch}, triton {machine.triton}", flush=True)
+    chosen = [cases.CASES[name] for name in names]
+    with torch.no_grad():
+        return tune(
+            [dry(case) for case in chosen] if device.type == "cpu" else chosen, device, machine,
+            coordinates=coordinates, runs=runs, clock=clock,
+            table=args.out or (QUICK_ROWS.with_name("tiles-quick.json") if args.quick else TABLE),
+            out=args.rows or (QUICK_ROWS.with_name("tune-quick.jsonl") if args.quick else ROWS.with_name("tune.jsonl")),
+        )  # fmt: skip
 
 
 def run_offload(args: argparse.Namespace) -> int:
@@ -293,6 +320,19 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
     synthetic.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
     synthetic.set_defaults(command=run_synthetic)
+    tune = commands.add_parser("tune", help="search settings, write their table").add_subparsers(required=True)
+    tuning = tune.add_parser("operator", help="the fused kernel's tiles, by shape")
+    tuning.add_argument("--cases", help="names or patterns, comma-separated (default: four at 96k tokens)")
+    tuning.add_argument("--coordinates", default="*", help="settings to vary: names or patterns, comma-separated")
+    tuning.add_argument("--seconds", type=float, help="stop before a trial that would likely end later than this")
+    tuning.add_argument("--runs", type=int, help="samples per setting, at least 2 (default 50, quick 5)")
+    tuning.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    tuning.add_argument("--quick", action="store_true", help="tiny shapes: every line runs, no figure means anything")
+    tuning.add_argument("--out", type=Path, help="table, changed where measured (default the package's own)")
+    tuning.add_argument("--rows", type=Path, help="rows file, appended to (default bench/results/tune.jsonl)")
+    tuning.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
+    tuning.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
+    tuning.set_defaults(command=tune_operator)
     plot = commands.add_parser("plot", help="draw rows").add_subparsers(required=True)
     drawing = plot.add_parser("operator", help="times by provider, over S and over budgets")
     drawing.add_argument("--rows", type=Path, default=ROWS)

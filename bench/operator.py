@@ -39,7 +39,7 @@ def why_not(case: Case, device: torch.device, n_sets: int) -> str | None:
     """What keeps the case from the device's memory; None if nothing does."""
     if device.type != "cuda":
         return None
-    _release(device)
+    release(device)
     free_bytes, _ = torch.cuda.mem_get_info(device)
     needed_bytes = case.needed_bytes(n_sets)
     if needed_bytes <= free_bytes:
@@ -74,11 +74,11 @@ def run_case(
         except Exception:  # noqa: BLE001 - one provider that cannot run must not cost the others their figures
             traceback.print_exc()
             failed.append(name)
-        _release(device)
+        release(device)
     rows = []
     for name, spread in interleave(recordings, device, runs).items():
         provider, job = jobs[name]
-        error = _checked_error(recordings[name], sets, job.masks)
+        error = checked_error(recordings[name], sets, job.masks)
         if not math.isfinite(error):
             print(f"  {case.name}: {name} left output unwritten, or wrote NaN")
             failed.append(name)
@@ -129,7 +129,7 @@ def relative_error(out: Tensor, inputs: InputSet, mask: Tensor | None) -> float:
     return math.sqrt(float(wrong / size))
 
 
-def _checked_error(recording: Recording, sets: Sequence[InputSet], masks: Sequence[Tensor | None]) -> float:
+def checked_error(recording: Recording, sets: Sequence[InputSet], masks: Sequence[Tensor | None]) -> float:
     """Worst error of the input sets after one more replay over poisoned outputs: NaN if anything was not written."""
     for out in recording.outputs:
         out.fill_(math.nan)
@@ -138,7 +138,8 @@ def _checked_error(recording: Recording, sets: Sequence[InputSet], masks: Sequen
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-def _release(device: torch.device) -> None:
+def release(device: torch.device) -> None:
+    """Give back what the device holds for nobody."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -136,6 +136,28 @@ class StageRow(Measured):
     layer: list[list[Any]]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneRow(Measured):
+    """One setting of the fused kernel in one comparison. ``provider``: "rule", or where the setting differs from it."""
+
+    HQ: int
+    HKV: int
+    D: int
+    S: int
+    block_size: int
+    block_budget: int
+    token_budget: int | None
+    dtype: str
+    # What was compared, "table", a coordinate or "confirm": a case's settings of one step were replayed in turn
+    step: str
+    tiles: dict[str, int]
+    median_us: float
+    p10_us: float
+    p90_us: float
+    runs: int
+    rel_error: float
+
+
 class Machine(NamedTuple):
     """The fields of a row that are the same in a whole run."""
 

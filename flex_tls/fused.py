@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from .device import is_interpreted, why_not_here
 from .index import MAX_QUERY_TOKENS, KVIndex
 from .mods import query_positions
 from .selection import BlockSelection, TokenSelection
+
+if TYPE_CHECKING:
+    from .kernels.tiles import Tiles
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -116,17 +119,31 @@ def _options(index: KVIndex, cfg: TLSConfig, scale: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _launch(q: Tensor, k: Tensor | None, v: Tensor | None, seq_lens: Tensor, *labels: Tensor, **options: Any) -> Any:
+def _tiles(q: Tensor, codes: Tensor, kept_tokens: int) -> Tiles:
+    """Settings of a launch, and of the op that only says what the launch returns: those must be the same."""
+    from .kernels.tile_table import tiles_for
+
+    (b, hq, t, d), hkv = q.shape, codes.shape[1]
+    return tiles_for(
+        q.device, head_bytes=d * q.element_size(), group=hq // hkv, rows=b * hkv * t, kept_tokens=kept_tokens
+    )
+
+
+def _launch(
+    q: Tensor, k: Tensor | None, v: Tensor | None, seq_lens: Tensor, codes: Tensor, *labels: Tensor, block_size: int,
+    kept_blocks: int, given: Any = None, **options: Any,
+) -> Any:  # fmt: skip
     """The kernel with its settings, on the tensors' device."""
-    from .kernels.tiles import tiles_for
     from .kernels.two_level import launch_two_level
 
     q = q if q.stride(-1) == 1 else q.contiguous()
-    rows = q.shape[0] * labels[0].shape[1] * q.shape[2]
-    tiles = tiles_for(q.device, head_bytes=q.shape[3] * q.element_size(), rows=rows)
+    kept = min(kept_blocks, codes.shape[3] // block_size) if given is None else given.blocks.shape[1]
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call,unused-ignore]
-        return launch_two_level(q, k, v, seq_lens, *labels, tiles=tiles, **options)
+        return launch_two_level(
+            q, k, v, seq_lens, codes, *labels, block_size=block_size, kept_blocks=kept_blocks, given=given,
+            tiles=_tiles(q, codes, kept * block_size), **options,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("flex_tls::fused_attention", mutates_args=())
@@ -182,18 +199,17 @@ def _(
     bits: int, block_size: int, kept_blocks: int, sinks: int, recent: int, scale: float, filter_dims: int,
     block_reduce: str, group_reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from .kernels.tiles import tiles_for
-
     rows, group, n = (
         q.shape[0] * codes.shape[1] * q.shape[2],
         q.shape[1] // codes.shape[1],
         codes.shape[3] // block_size,
     )
-    chunk, chunks = tiles_for(q.device, head_bytes=q.shape[3] * q.element_size(), rows=rows).chunk(n)
+    kept = min(kept_blocks, n)
+    chunk, chunks = _tiles(q, codes, kept * block_size).chunk(n)
     floats = low.new_empty
     return (
         codes.new_empty(rows, group, 8 // bits, codes.shape[2]), floats(rows, group, 2), floats(rows, group),
-        floats(rows, group, chunk * chunks), floats(rows, group, 2), codes.new_empty(rows, min(kept_blocks, n)),
+        floats(rows, group, chunk * chunks), floats(rows, group, 2), codes.new_empty(rows, kept),
         codes.new_empty(rows),
     )  # fmt: skip
 

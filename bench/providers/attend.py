@@ -34,13 +34,15 @@ def attention_over(
     every call: calls follow one another on a stream.
     """
     from flex_tls.kernels.attend import launch_attend
-    from flex_tls.kernels.tiles import n_processors, tiles_for
+    from flex_tls.kernels.tiles import INTERPRETED, n_processors, rule
 
     arrivals = torch.zeros(case.rows, dtype=torch.int32, device=device)
-    tiles = tiles_for(device, head_bytes=case.D * case.dtype.itemsize, rows=case.rows)
+    tiles = INTERPRETED
     if device.type == "cuda":
         # Nobody waits for anybody here: two programs a processor, whatever the rows
-        programs = -(-2 * n_processors(device) // case.rows)
+        processors = n_processors(device)
+        programs = -(-2 * processors // case.rows)
+        tiles = rule(processors, head_bytes=case.D * case.dtype.itemsize, rows=case.rows)
         tiles = tiles._replace(programs=programs, attend_tile=128 if case.D <= 128 else 64, warps=4)
 
     def attend(inputs: InputSet, ids: Tensor, counts: Tensor) -> Tensor:

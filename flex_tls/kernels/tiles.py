@@ -1,4 +1,4 @@
-"""Tile settings, by shape, without a search at run time."""
+"""Tile settings: what they are, and the rule by which they are chosen where nothing was measured."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import triton
 
 # Whether kernels are compiled, not interpreted (TRITON_INTERPRET=1): decided when they are defined
 NATIVE: bool = not triton.knobs.runtime.interpret
+# That share a row, by the rule
+MOST_PROGRAMS = 16
 
 
 class Tiles(NamedTuple):
@@ -43,6 +45,10 @@ class Tiles(NamedTuple):
         return max(1, words // (padded(of_label) * block_size))
 
 
+# On small shapes: several tiles, programs and chunks all the same
+INTERPRETED = Tiles(2, 4, 128, 1, 64, 16, 1, 128)
+
+
 def padded(n: int, least: int = 1) -> int:
     """The next power of two."""
     return max(least, int(triton.next_power_of_2(n)))
@@ -54,16 +60,13 @@ def n_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tiles_for(device: torch.device, *, head_bytes: int, rows: int) -> Tiles:
-    """Settings of :mod:`.two_level` for ``rows`` selections, and of :mod:`.attend` over a list.
+def rule(processors: int, *, head_bytes: int, rows: int) -> Tiles:
+    """Settings for ``rows`` selections where nothing was measured, by hand: of :mod:`.two_level`.
 
     ``head_bytes``: of one key. The programs of a row wait for one another, so all of them must run at once: at most one
     a processor.
     """
-    if device.type != "cuda":
-        # Interpreted, on small shapes: several tiles, programs and chunks all the same
-        return Tiles(2, 4, 128, 1, 64, 16, 1, 128)
-    programs = max(1, min(16, n_processors(device) // rows))
+    programs = max(1, min(MOST_PROGRAMS, processors // rows))
     return Tiles(
         programs=programs,
         warps=8,
@@ -79,10 +82,10 @@ def tiles_for(device: torch.device, *, head_bytes: int, rows: int) -> Tiles:
 
 def tiles_for_all(device: torch.device, *, head_bytes: int, rows: int) -> Tiles:
     """Settings of :mod:`.attend` for ``rows`` queries that read their whole context: long streams, deeply pipelined."""
-    tiles = tiles_for(device, head_bytes=head_bytes, rows=rows)
     if device.type != "cuda":
-        return tiles
-    programs = max(1, n_processors(device) // rows)
+        return INTERPRETED
+    processors = n_processors(device)
     # Three stages of 32 keys and values of 1 KiB take 150 KB of shared memory, and 64 of them 283
     tile = 64 if head_bytes <= 512 else 32
-    return tiles._replace(programs=programs, attend_tile=tile, warps=4, attend_stages=3)
+    tiles = rule(processors, head_bytes=head_bytes, rows=rows)
+    return tiles._replace(programs=max(1, processors // rows), attend_tile=tile, warps=4, attend_stages=3)

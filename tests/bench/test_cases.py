@@ -54,7 +54,7 @@ def test_a_case_that_does_not_fit_is_skipped_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = CASES["qwen3-8b-b16-256k"]
-    monkeypatch.setattr(operator, "_release", lambda device: None)
+    monkeypatch.setattr(operator, "release", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20e9, 80e9))
     n_sets = case.n_sets(CUDA)
     assert operator.why_not(case, torch.device("cpu"), n_sets) is None

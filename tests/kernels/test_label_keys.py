@@ -111,6 +111,7 @@ def test_more_elements_than_32_bits_count() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_the_kernel_waits_for_nobody_and_is_captured() -> None:
     labels = random_labels(1, 8, 4096, 128, 32, 4)
     k = torch.randn(1, 8, 4096, 128, dtype=torch.bfloat16, device="cuda")
