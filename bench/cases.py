@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Case:
     HKV: int
     D: int
     S: int
-    block_size: int = 64
+    block_size: int = 32
     block_budget: int = 8192
     token_budget: int = 1024
     dtype: torch.dtype = torch.bfloat16
@@ -94,6 +94,11 @@ def _qwen3(size: str, heads: int, batch_size: int, length_k: int, budgets: tuple
     return Case(name=f"{name}-{block}-{token}", block_budget=block, token_budget=token, **shape)
 
 
+def _blocks_of(batch_size: int, block_size: int) -> Case:
+    base = _qwen3("8b", 32, batch_size, 96)
+    return replace(base, name=f"{base.name}-block{block_size}", block_size=block_size)
+
+
 def _tiny(batch_size: int) -> Case:
     # As odd as the kernels allow: a group of 3, few blocks
     return Case(name=f"tiny-b{batch_size}", B=batch_size, HQ=6, HKV=2, D=64, S=1024, block_budget=512, token_budget=200)
@@ -118,10 +123,11 @@ _BUDGETS = [
         (16384, 4096),
     )
 ]
+_BLOCKS = [_blocks_of(b, size) for b in (1, 16) for size in (16, 64)]
 _QUICK = [_tiny(1), _tiny(2)]
 # One row, one block more than the budget: tuning calls every setting often, and interpreted calls take a second
 _TINIEST = Case(name="tiniest", B=1, HQ=2, HKV=1, D=16, S=256, block_budget=192, token_budget=160)
-CASES = {case.name: case for case in (*_SWEEP, *_BUDGETS, *_QUICK, _TINIEST)}
+CASES = {case.name: case for case in (*_SWEEP, *_BUDGETS, *_BLOCKS, *_QUICK, _TINIEST)}
 TUNED = ("qwen3-8b-b1-96k", "qwen3-8b-b4-96k", "qwen3-8b-b16-96k", "qwen3-14b-b1-96k")
 QUICK_TUNED = (_TINIEST.name,)
 
@@ -150,5 +156,6 @@ SUITES = {
     "default": Suite(_BASES),
     "sweep": Suite(tuple(case.name for case in _SWEEP), LEAN),
     "budgets": Suite((*_BASES, *(case.name for case in _BUDGETS)), LEAN),
+    "blocks": Suite((*_BASES, *(case.name for case in _BLOCKS)), LEAN),
     "quick": Suite(tuple(case.name for case in _QUICK)),
 }

@@ -83,8 +83,13 @@ class TokenLabels:
         """Add queries q [B, HQ, T, D] to the second moment that the next fit will use. weight bool [B, T]."""
         b, hq, t, d = q.shape
         n_kv_heads = self.query_sum.shape[1]
-        rows = (q.float() * weight[:, None, :, None]).reshape(b, n_kv_heads, hq // n_kv_heads * t, d)
-        self.query_sum += rows.transpose(-1, -2) @ rows
+        rows = (q * weight[:, None, :, None]).reshape(b * n_kv_heads, hq // n_kv_heads * t, d)
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            # Of numbers as they are, summed in float32: no float32 copy of a prompt's queries
+            products = torch.bmm(rows.transpose(1, 2), rows, out_dtype=torch.float32)
+        else:
+            products = rows.float().transpose(1, 2) @ rows.float()
+        self.query_sum += products.view(self.query_sum.shape)
         self.query_count += weight.sum(1) * (hq // n_kv_heads)
 
     def fit(self, chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]], basis: LabelBasis = "lowrank") -> None:

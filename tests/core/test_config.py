@@ -18,7 +18,7 @@ import flex_tls as tls
         ({"label_dims": 0}, r"label_dims: expected an integer of at least 1, got 0"),
         ({"recent_tokens": 0}, r"recent_tokens: expected an integer of at least 1, got 0"),
         ({"sink_tokens": 1.5}, r"sink_tokens: expected an integer of at least 0, got 1.5"),
-        ({"block_budget": 128}, r"block_budget: expected at least 192 tokens.*got 128; raise the budget"),
+        ({"block_budget": 128}, r"block_budget: expected at least 160 tokens.*got 128; raise the budget"),
         ({"token_budget": 100}, r"token_budget: expected at least sink_tokens \+ recent_tokens = 128, got 100"),
         ({"token_budget": 9000}, r"token_budget: expected at most block_budget = 8192, got 9000"),
         ({"dense_layers": -1}, r"dense_layers: expected an integer of at least 0, got -1"),

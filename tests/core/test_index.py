@@ -281,3 +281,14 @@ def test_channel_labels_are_the_keys_own_heaviest_channels() -> None:
     assert (scores - truth - shift).abs().max() < 0.02 * truth.abs().max()
     without = KVIndex.build(k, cfg).labels.to_query.argmax(-2)
     assert without.tolist() == [[[1, 4, 7, 2]] * 2]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_queries_are_summed_in_float32(dtype: torch.dtype) -> None:
+    index = KVIndex(CFG, batch_size=2, n_kv_heads=2, head_dim=64, capacity_tokens=64, dtype=dtype, device="cuda")
+    q = torch.randn(2, 700, 6, 64, dtype=dtype, device="cuda").transpose(1, 2)
+    index.observe(q, torch.tensor([700, 33], device="cuda"))
+    rows = [q[b, :, :n].double().reshape(2, 3 * n, 64) for b, n in enumerate((700, 33))]
+    want = torch.stack([x.mT @ x for x in rows])
+    assert float((index.labels.query_sum.double() - want).norm() / want.norm()) < 1e-5
