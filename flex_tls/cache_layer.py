@@ -279,7 +279,6 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
 
     def _attend_past(self, q: Tensor, step: Step, scale: float) -> Tensor:
         shared, cfg, index = self.shared, self.shared.cfg, self.index
-        keys = self.buffers()[0]
         decoding = step.n_new <= cfg.sparse_query_tokens
         recorder = shared.recorder if decoding else None
         reach = self.reach(step.longest)
@@ -294,6 +293,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         dense = self.why_dense(step.n_new, step.longest) is not None
         if dense or index is None or not index.fitted_tokens or self.reach(step.longest) <= cfg.dense_up_to_tokens:
             if recorder is not None:
+                keys = self.on_device()[0]
                 recorder.add_dense(n_read, 2 * keys.shape[1] * keys.shape[3] * keys.element_size())
             return self._attend_all(q, step, scale)
         mask_mod = None if self.window is None else window_mask(self.window)
@@ -301,12 +301,12 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         result = self._attend_two_levels(q, step, index, cfg, mask_mod, scale, recorder is not None or audited)
         if auditor is not None and audited:
             assert result.tokens is not None
-            auditor.add(self.layer_idx, q, keys, result.tokens, cfg, scale=scale, mask_mod=mask_mod)
+            auditor.add(self.layer_idx, q, self.buffers()[0], result.tokens, cfg, scale=scale, mask_mod=mask_mod)
         if recorder is not None:
             assert result.blocks is not None
             assert result.tokens is not None
             recorder.add_sparse(
-                self.layer_idx, q, keys.to(q.device), index, result.blocks, result.tokens,
+                self.layer_idx, q, self.buffers()[0].to(q.device), index, result.blocks, result.tokens,
                 n_tokens=n_read, scale=scale, mask_mod=mask_mod,
             )  # fmt: skip
         return result.out
