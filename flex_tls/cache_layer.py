@@ -121,7 +121,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             index = self.index
             if step.n_new <= self.shared.cfg.sparse_query_tokens:
                 self.refit_if_outgrown()
-            self._write(key_states, value_states, step)
+            key_states, value_states = self._write(key_states, value_states, step)
             if index is not None and index.fitted_tokens:
                 index.append(key_states, step.counts)
         self._step = step
@@ -243,11 +243,12 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             return REFIT_AFTER_CHUNKS * index.fitted_tokens
         return REFIT_GROWTH * index.fitted_tokens if index.fitted_tokens < FIT_ENOUGH_TOKENS else math.inf
 
-    def _write(self, k: Tensor, v: Tensor, step: Step) -> None:
-        """Put the step's keys and values [B, HKV, T, D], left aligned, behind each row's tokens."""
+    def _write(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Put the step's keys and values [B, HKV, T, D], left aligned, behind each row's tokens; gives them as held."""
         keys, values = self.buffers()
         _write(keys, k, step)
         _write(values, v, step)
+        return k, v
 
     def _chunks(self, n_tokens: int) -> KeyChunks:
         """The first ``n_tokens`` keys of every row, for the index."""

@@ -58,7 +58,7 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
 
     def place(self, store: HostStore, config: OffloadConfig, reader: RowReader) -> None:
         """Take a store, and allocate pool and index on the device of ``reader``, which layers share."""
-        shared, device, dtype = self.shared, reader.device, store.rows.dtype
+        shared, device, dtype = self.shared, reader.device, store.dtype
         pool = self.new_pool(dtype, device)
         transfers = make_transfers(device, config)
         self.engine = LayerOffload(store, pool, config, shared.cfg.sparse_query_tokens, transfers)
@@ -172,18 +172,17 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
         if self.engine is not None:
             self.engine.reset()
 
-    def _write(self, k: Tensor, v: Tensor, step: Step) -> None:
+    def _write(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         engine, index = self.opened(), self.index
         decoding = not step.is_fresh and step.n_new <= engine.n_ahead
         if decoding and index is not None and index.fitted_tokens:
             if not engine.is_open:
                 self._open(step.start)
             engine.join()
-            engine.append(k, v, step.start)
-        else:
-            counts = [after - before for before, after in zip(step.lens_before, step.lens_after, strict=True)]
-            engine.write(k, v, step.lens_before, counts)
-            self._new = (k, v)
+            return engine.append(k, v, step.start)
+        counts = [after - before for before, after in zip(step.lens_before, step.lens_after, strict=True)]
+        self._new = engine.write(k, v, step.lens_before, counts)
+        return self._new
 
     def _prompt(self, step: Step) -> tuple[Tensor, Tensor]:
         assert self._new is not None

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 Policy = Literal["async", "exact", "corrected"]
 Transfer = Literal["kernel", "copy"]
+StoreDtype = Literal["model", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
