@@ -180,6 +180,11 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         """All keys and values, [B, HKV, S, D]."""
         return cast(Tensor, self.keys), cast(Tensor, self.values)
 
+    def restore(self, k: Tensor, v: Tensor) -> None:
+        """Hold k and v [B, HKV, S', D], on any device, as the rows' first tokens; lengths are the caller's."""
+        for buffer, new in zip(self.buffers(), (k, v), strict=True):
+            buffer[:, :, : new.shape[2]].copy_(new)
+
     def on_device(self) -> tuple[Tensor, Tensor]:
         """What the model's device holds of them, [B, HKV, ..., D]."""
         return self.buffers()

@@ -89,10 +89,19 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
         return self.engine
 
     def buffers(self) -> tuple[Tensor, Tensor]:
-        """All keys and values, [B, HKV, S, D], in host memory. Waits for the device: for reports and for copies."""
+        """All keys and values, [B, HKV, S, D], in host memory; a copy if that holds int8.
+
+        Waits for the device: for reports and for copies.
+        """
         engine = self.opened()
         engine.synchronize()
         return engine.store.keys, engine.store.values
+
+    def restore(self, k: Tensor, v: Tensor) -> None:
+        """As :meth:`TLSLayer.restore`."""
+        b, _, n, _ = k.shape
+        store = self.opened().store
+        store.write(store.packed(torch.stack((k, v), 3)), [0] * b, [n] * b)
 
     def on_device(self) -> tuple[Tensor, Tensor]:
         """The pool's, [B, HKV, P * BLOCK, D]."""
@@ -327,8 +336,8 @@ def allocate_offloaded(
     shared = layers[0].shared
     size_pools(layers, config, dtype)
     shape, b = shared.shape, shared.progress.batch_size
-    token_bytes = 2 * shape.n_kv_heads * shape.head_dim * dtype.itemsize
-    needed = len(layers) * b * shared.capacity_tokens * token_bytes
+    token_bytes = config.token_bytes(shape.head_dim, dtype.itemsize)
+    needed = len(layers) * b * shared.capacity_tokens * shape.n_kv_heads * token_bytes
     what = f"keys and values of {b} x {shared.capacity_tokens:,} tokens in {len(layers)} layers"
     check_host_bytes(needed, what, host_bytes_available())
     reader: RowReader | None = None
@@ -336,6 +345,7 @@ def allocate_offloaded(
         store = HostStore(
             batch_size=b, n_kv_heads=shape.n_kv_heads, n_blocks=shared.capacity_tokens // shared.cfg.block_size,
             block_size=shared.cfg.block_size, head_dim=shape.head_dim, dtype=dtype, pinned=device.type == "cuda",
+            store_dtype=config.store_dtype,
         )  # fmt: skip
         reader = reader or RowReader(store, device, PIECE_TOKENS)
         layer.place(store, config, reader)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from flex_tls.offload import memory
+from flex_tls.offload.int8 import dequantised, quantised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,6 +26,8 @@ from tests.offload.machine import listed
 
 EXACT = tls.OffloadConfig(policy="exact")
 MINIMUM = tls.OffloadConfig(policy="exact", gpu_blocks=6)
+INT8 = dataclasses.replace(MINIMUM, store_dtype="int8")
+STORE_DTYPES = st.sampled_from(("model", "int8"))
 FULL_ATTENTION = [family for family in FAMILIES if family != "mistral, window"]
 
 
@@ -38,6 +41,25 @@ def cache_for(model: Any, offload: tls.OffloadConfig | None, batch_size: int = 1
         # Slots that nothing was written to must never be read
         layer.opened().pool.slots.fill_(torch.nan)
     return cache
+
+
+def plain_cache_for(model: Any, offload: tls.OffloadConfig, batch_size: int = 1, **kwargs: Any) -> tls.TLSCache:
+    """What ``offload`` must equal where it waits: no offload, over the keys and values that its store gives back."""
+    cache = cache_for(model, None, batch_size, **kwargs)
+    for layer in cache.tls_layers:
+        if not cache.cfg.is_dense(layer.layer_idx) and layer.window is None:
+
+            def write(k: Tensor, v: Tensor, step: Any, write: Any = layer._write) -> tuple[Tensor, Tensor]:
+                held: tuple[Tensor, Tensor] = write(as_held(k, offload), as_held(v, offload), step)
+                return held
+
+            layer._write = write  # type: ignore[method-assign]
+    return cache
+
+
+def as_held(x: Tensor, offload: tls.OffloadConfig) -> Tensor:
+    """Keys or values as the store gives them back."""
+    return dequantised(*quantised(x), x.dtype) if offload.store_dtype == "int8" else x
 
 
 def generate(model: Any, cache: tls.TLSCache, inputs: dict[str, Tensor], n: int = 12) -> Tensor:
@@ -62,12 +84,12 @@ def no_block_is_in_two_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LayerOffload, "step", checked)
 
 
-@pytest.mark.parametrize("offload", [EXACT, MINIMUM], ids=["default pool", "smallest pool"])
+@pytest.mark.parametrize("offload", [EXACT, MINIMUM, INT8], ids=["default pool", "smallest pool", "int8"])
 @pytest.mark.parametrize("family", FULL_ATTENTION)
 def test_exact_generates_what_the_cache_without_offload_does(family: str, offload: tls.OffloadConfig) -> None:
     """Left-padded rows, then another turn; the first row passes the budgets long before the last."""
     model, inputs = make(family), prompts(90, 41, 7)
-    caches = [cache_for(model, None, 3), cache_for(model, offload, 3)]
+    caches = [plain_cache_for(model, offload, 3), cache_for(model, offload, 3)]
     want, got = (generate(model, cache, inputs) for cache in caches)
     assert torch.equal(got, want)
     assert caches[0].seq_lens == caches[1].seq_lens
@@ -81,14 +103,15 @@ def test_exact_generates_what_the_cache_without_offload_does(family: str, offloa
         assert 0 < layer.opened().stats().hit_rate <= 1
 
 
-@pytest.mark.parametrize("policy", ["async", "exact"])
-def test_a_context_that_the_budgets_hold_gives_equal_logits(policy: Any) -> None:
+@pytest.mark.parametrize(
+    "offload", [tls.OffloadConfig(), EXACT, tls.OffloadConfig(store_dtype="int8")], ids=["async", "exact", "int8"]
+)
+def test_a_context_that_the_budgets_hold_gives_equal_logits(offload: tls.OffloadConfig) -> None:
     model, inputs = make("qwen3"), prompts(20, 9)
     steps = prompts(9, 9)["input_ids"]
     logits = []
-    for offload in (None, tls.OffloadConfig(policy=policy)):
+    for cache in (plain_cache_for(model, offload, 2), cache_for(model, offload, 2)):
         tls.enable(model)
-        cache = cache_for(model, offload, 2)
         with torch.no_grad():
             out = [model(**inputs, past_key_values=cache).logits[:, -1]]
             for i in range(8):
@@ -99,16 +122,15 @@ def test_a_context_that_the_budgets_hold_gives_equal_logits(policy: Any) -> None
     assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize("offload", [EXACT, INT8], ids=["model", "int8"])
 @pytest.mark.parametrize("extra", [{"num_beams": 2}, {"prefill_chunk_size": 32}], ids=["beams", "chunks"])
-def test_transformers_generate_with_beams_and_in_chunks(extra: dict[str, int]) -> None:
+def test_transformers_generate_with_beams_and_in_chunks(extra: dict[str, int], offload: tls.OffloadConfig) -> None:
     model, inputs = make("llama"), prompts(80, 30)
     tls.enable(model)
     rows = 2 * extra.get("num_beams", 1)
     want, got = (
-        model.generate(
-            **inputs, do_sample=False, max_new_tokens=10, past_key_values=cache_for(model, offload, rows), **extra
-        )
-        for offload in (None, EXACT)
+        model.generate(**inputs, do_sample=False, max_new_tokens=10, past_key_values=cache, **extra)
+        for cache in (plain_cache_for(model, offload, rows), cache_for(model, offload, rows))
     )
     assert torch.equal(got, want)
 
@@ -132,13 +154,13 @@ def test_a_chunk_of_several_queries_equals_the_cache_without_offload() -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
-def test_a_batch_that_changes_its_size() -> None:
+@pytest.mark.parametrize("offload", [EXACT, INT8], ids=["model", "int8"])
+def test_a_batch_that_changes_its_size(offload: tls.OffloadConfig) -> None:
     model, inputs = make("llama"), prompts(90, 64)
     tls.enable(model)
     token = torch.tensor([[5], [6], [7]])
     results = []
-    for offload in (None, EXACT):
-        cache = cache_for(model, offload, 2)
+    for cache in (plain_cache_for(model, offload, 2), cache_for(model, offload, 2)):
         with torch.no_grad():
             model(**inputs, past_key_values=cache)
             model(token[:2], past_key_values=cache, position_ids=torch.tensor([[90], [64]]))
@@ -276,13 +298,14 @@ def pool(cfg: tls.TLSConfig, spare: int, **kwargs: Any) -> tls.OffloadConfig:
 
 
 @settings(max_examples=10)
-@given(streams())
-def test_exact_equals_the_cache_without_offload(stream: Any) -> None:
+@given(streams(), STORE_DTYPES)
+def test_exact_equals_the_cache_without_offload(stream: Any, store_dtype: Any) -> None:
     """Bit for bit, but for chunks that the pool serves in pieces: matrix products round by their number of rows."""
     cfg, shape, tokens, spare, seed = stream
-    plain, away = one_layer(None, cfg, *shape), one_layer(pool(cfg, spare, policy="exact"), cfg, *shape)
+    config = pool(cfg, spare, policy="exact", store_dtype=store_dtype)
+    plain, away = one_layer(None, cfg, *shape), one_layer(config, cfg, *shape)
     for q, k, v in inputs_of(shape, tokens, seed):
-        got, want = feed(away, q, k, v), feed(plain, q, k, v)
+        got, want = feed(away, q, k, v), feed(plain, q, as_held(k, config), as_held(v, config))
         if q.shape[2] in (2, 4):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
         else:
@@ -294,10 +317,12 @@ def test_exact_equals_the_cache_without_offload(stream: Any) -> None:
 
 
 @settings(max_examples=10)
-@given(streams(), st.booleans(), st.data())
-def test_transfers_at_any_moment_before_their_join_change_nothing(stream: Any, resident: bool, data: Any) -> None:
+@given(streams(), st.booleans(), STORE_DTYPES, st.data())
+def test_transfers_at_any_moment_before_their_join_change_nothing(
+    stream: Any, resident: bool, store_dtype: Any, data: Any
+) -> None:
     cfg, shape, tokens, spare, seed = stream
-    config = pool(cfg, spare, attend_resident=resident)
+    config = pool(cfg, spare, attend_resident=resident, store_dtype=store_dtype)
     late, early = one_layer(config, cfg, *shape), one_layer(config, cfg, *shape)
     for q, k, v in inputs_of(shape, tokens, seed):
         assert torch.equal(feed(early, q, k, v), feed(late, q, k, v))
@@ -305,24 +330,24 @@ def test_transfers_at_any_moment_before_their_join_change_nothing(stream: Any, r
 
 
 @settings(max_examples=10)
-@given(streams(), st.booleans())
-def test_async_attends_to_what_its_definition_says(stream: Any, resident: bool) -> None:
+@given(streams(), st.booleans(), STORE_DTYPES)
+def test_async_attends_to_what_its_definition_says(stream: Any, resident: bool, store_dtype: Any) -> None:
     """Its own definition in Python sets: what a step selects and the step before left on the device."""
     cfg, shape, tokens, spare, seed = stream
     # One query token a step: a chunk is as many steps as the pool asks for, which is another test's matter
     tokens = [tokens[0], *[1 if t < 30 else t for t in tokens[1:]]]
-    config = pool(cfg, spare, attend_resident=resident)
+    config = pool(cfg, spare, attend_resident=resident, store_dtype=store_dtype)
     cache = one_layer(config, cfg, *shape)
     layer = cache.offloaded_layers[0]
     plain = one_layer(None, cfg, *shape)
     keys, values = [], []
     for q, k, v in inputs_of(shape, tokens, seed):
-        keys.append(k)
-        values.append(v)
+        keys.append(as_held(k, config))
+        values.append(as_held(v, config))
         was_open = layer.index is not None and layer.opened().is_open
         before = layer.opened().pool.block_of_slot.clone()
         got = feed(cache, q, k, v)
-        want = feed(plain, q, k, v)
+        want = feed(plain, q, keys[-1], values[-1])
         n, index = sum(x.shape[2] for x in keys), layer.index
         if q.shape[2] > 4 or n <= cfg.dense_up_to_tokens or not was_open:
             # Dense, or the first step after a prompt, whose pool is the prompt's matter
@@ -355,17 +380,18 @@ def test_async_attends_to_what_its_definition_says(stream: Any, resident: bool) 
 
 
 @settings(max_examples=4)
-@given(st.integers(0, 2**16), st.lists(st.sampled_from((1, 30)), min_size=4, max_size=8))
-def test_exact_through_flex_is_as_exact_as_without_offload(seed: int, more: list[int]) -> None:
+@given(st.integers(0, 2**16), st.lists(st.sampled_from((1, 30)), min_size=4, max_size=8), STORE_DTYPES)
+def test_exact_through_flex_is_as_exact_as_without_offload(seed: int, more: list[int], store_dtype: Any) -> None:
     """One compiled shape, many contents and slot permutations, the smallest pool."""
     cfg = tls.TLSConfig(
         block_size=16, block_budget=64, token_budget=40, sink_tokens=4, recent_tokens=8, label_dims=8, dense_layers=0,
         sparse_query_tokens=4,
     )  # fmt: skip
     shape, tokens = (2, 1, 3), [150, *more, 1]
-    flex = one_layer(pool(cfg, 0, policy="exact"), cfg, *shape)
+    config = pool(cfg, 0, policy="exact", store_dtype=store_dtype)
+    flex = one_layer(config, cfg, *shape)
     flex._shared.backend = "flex"
-    low = one_layer(pool(cfg, 0, policy="exact"), cfg, *shape)
+    low = one_layer(config, cfg, *shape)
     for q, k, v in inputs_of(shape, tokens, seed):
         got, reference = (feed(cache, q, k, v) for cache in (flex, low))
         assert_as_exact(got, reference, truth_of(low, q, reference))

@@ -14,6 +14,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 from flex_tls.offload import ops
 
+from flex_tls.kernels.append import launch_append
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = 16
 # The interpreter cuts bfloat16 off where everything else rounds
@@ -186,6 +188,26 @@ def test_an_engine_by_kernels_does_what_one_by_copies_does(store_dtype: StoreDty
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert torch.equal(engines[0].pool.slots, engines[1].pool.slots)
         assert all(torch.equal(*pair) for pair in zip(*(engine.store.parts for engine in engines), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_append_kernel_writes_what_the_engine_writes(dtype: torch.dtype) -> None:
+    store, pool, generator = make(2, 2, 8, 6, 12, dtype, store_dtype="int8")
+    engine = LayerOffload(store, pool, OffloadConfig(), 2, ops.KernelTransfers(torch.device(DEVICE), 4))
+    start = torch.tensor([30, 63], device=DEVICE)
+    engine.open(start)
+    k, v = (torch.randn(2, 2, 2, 12, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    engine.append(k, v, start)
+    want = pool.slots.clone()
+    pool.slots.zero_()
+    engine.is_open = False
+    pool.drop_from(torch.zeros(2, dtype=torch.int64, device=DEVICE))
+    engine.open(start)
+    launch_append(
+        k, v, start, pool.slots[..., 0, :], pool.slots[..., 1, :], None, None, None, bits=8, pages=pool.slot_of_block,
+        int8=True,
+    )  # fmt: skip
+    assert torch.equal(pool.slots, want)
 
 
 def test_the_ops_are_registered_as_pytorch_wants_them() -> None:
