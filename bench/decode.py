@@ -148,6 +148,9 @@ PROVIDERS = {
     "two_level_fused": Provider(_ours, fused=True),
     "two_level_fused_tuned": Provider(lambda bed: _ours(bed, options=TUNED), fused=True),
     "offload_async": Provider(lambda bed: offloaded_step(bed.model, bed.sparse, tls.OffloadConfig(policy="async"))),
+    "offload_async_int8": Provider(
+        lambda bed: offloaded_step(bed.model, bed.sparse, tls.OffloadConfig(policy="async", store_dtype="int8"))
+    ),
     "offload_exact": Provider(lambda bed: offloaded_step(bed.model, bed.sparse, tls.OffloadConfig(policy="exact"))),
     "transformers_static": Provider(_transformers_static),
     "transformers_default": Provider(_transformers_default, copies=1),

@@ -14,10 +14,12 @@ from torch import Tensor
 import flex_tls as tls
 from flex_tls.integrations.huggingface import enabled
 
-# Provider -> policy and whether the blocks of earlier steps are attended to
+# Provider -> policy, whether the blocks of earlier steps are attended to, and what the host holds after the prompt
 PROVIDERS: dict[str, dict[str, Any]] = {
     "exact": {"policy": "exact"},
+    "exact_int8": {"policy": "exact", "store_dtype": "int8"},
     "async": {"policy": "async"},
+    "async_int8": {"policy": "async", "store_dtype": "int8"},
     "async_selected": {"policy": "async", "attend_resident": False},
     "corrected": {"policy": "corrected"},
     "corrected_selected": {"policy": "corrected", "attend_resident": False},

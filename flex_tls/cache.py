@@ -281,7 +281,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         backend: Backend = "auto",
         offload: OffloadConfig | None = None,
     ) -> TLSCache:
-        """The cache that :meth:`save` wrote, with or without offload, whichever way it was saved.
+        """The cache that :meth:`save` wrote, with or without offload and in any ``store_dtype``, however it was saved.
 
         Args:
             path: the folder.
@@ -357,12 +357,12 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     @property
     def kv_nbytes(self) -> int:
         """Bytes of all keys and values, allocated or to be, wherever they are."""
-        return self._bytes(self.max_len)[0]
+        return sum(self._bytes(self.max_len)[:2])
 
     @property
     def host_nbytes(self) -> int:
         """Bytes of the keys and values in host memory, allocated or to be; 0 without offload."""
-        return self.kv_nbytes * len(self.offloaded_layers) // self.shape.n_layers
+        return self._bytes(self.max_len)[1]
 
     @property
     def device_nbytes(self) -> int:
@@ -372,32 +372,33 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     @property
     def index_nbytes(self) -> int:
         """Bytes of all indexes, allocated or to be."""
-        return self._bytes(self.max_len)[1]
+        return self._bytes(self.max_len)[2]
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything, allocated or to be."""
         return sum(self._bytes(self.max_len))
 
-    def _bytes(self, max_len: int, dtype: torch.dtype | None = None) -> tuple[int, int]:
-        """Bytes of keys and values, and of the indexes, of a cache like this one for ``max_len`` tokens."""
+    def _bytes(self, max_len: int, dtype: torch.dtype | None = None) -> tuple[int, int, int]:
+        """Bytes of keys and values on device and host, and of indexes, of a cache like this for ``max_len`` tokens."""
         shared, shape = replace(self._shared, max_len=max_len), self._shared.shape
         dtype = dtype or self.dtype
-        tokens = self.batch_size * shared.capacity_tokens
-        kv = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * tokens * dtype.itemsize
+        tokens = self.batch_size * shared.capacity_tokens * shape.n_kv_heads
+        n_away, config = len(self.offloaded_layers), self.offload_config
+        here = (shape.n_layers - n_away) * tokens * 2 * shape.head_dim * dtype.itemsize
+        away = 0 if config is None else n_away * tokens * config.token_bytes(shape.head_dim, dtype.itemsize)
         n_indexed = sum(not shared.cfg.is_dense(i) for i in range(shape.n_layers))
-        return kv, n_indexed * new_index(shared, dtype, torch.device("meta")).nbytes
+        return here, away, n_indexed * new_index(shared, dtype, torch.device("meta")).nbytes
 
     def _device_bytes(self, max_len: int, dtype: torch.dtype) -> int:
         """Bytes on the model's device of a cache like this one for ``max_len`` tokens, pools as they are."""
-        kv, index = self._bytes(max_len, dtype)
-        away = self.offloaded_layers
-        pools = sum(layer.new_pool(dtype, torch.device("meta")).nbytes for layer in away)
-        return kv - kv * len(away) // self.shape.n_layers + index + pools
+        here, _, index = self._bytes(max_len, dtype)
+        pools = sum(layer.new_pool(dtype, torch.device("meta")).nbytes for layer in self.offloaded_layers)
+        return here + index + pools
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         resolve_backend(self._shared.backend, device, why_not_here(device))
-        index = self._bytes(self.max_len, dtype)[1]
+        index = self._bytes(self.max_len, dtype)[2]
         if self.offload_config is not None:
             size_pools(self.offloaded_layers, self.offload_config, dtype)
         total = self._device_bytes(self.max_len, dtype)

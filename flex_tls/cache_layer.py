@@ -121,7 +121,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             index = self.index
             if step.n_new <= self.shared.cfg.sparse_query_tokens:
                 self.refit_if_outgrown()
-            self._write(key_states, value_states, step)
+            key_states, value_states = self._write(key_states, value_states, step)
             if index is not None and index.fitted_tokens:
                 index.append(key_states, step.counts)
         self._step = step
@@ -179,6 +179,11 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
     def buffers(self) -> tuple[Tensor, Tensor]:
         """All keys and values, [B, HKV, S, D]."""
         return cast(Tensor, self.keys), cast(Tensor, self.values)
+
+    def restore(self, k: Tensor, v: Tensor) -> None:
+        """Hold k and v [B, HKV, S', D], on any device, as the rows' first tokens; lengths are the caller's."""
+        for buffer, new in zip(self.buffers(), (k, v), strict=True):
+            buffer[:, :, : new.shape[2]].copy_(new)
 
     def on_device(self) -> tuple[Tensor, Tensor]:
         """What the model's device holds of them, [B, HKV, ..., D]."""
@@ -243,11 +248,12 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             return REFIT_AFTER_CHUNKS * index.fitted_tokens
         return REFIT_GROWTH * index.fitted_tokens if index.fitted_tokens < FIT_ENOUGH_TOKENS else math.inf
 
-    def _write(self, k: Tensor, v: Tensor, step: Step) -> None:
-        """Put the step's keys and values [B, HKV, T, D], left aligned, behind each row's tokens."""
+    def _write(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Put the step's keys and values [B, HKV, T, D], left aligned, behind each row's tokens; gives them as held."""
         keys, values = self.buffers()
         _write(keys, k, step)
         _write(values, v, step)
+        return k, v
 
     def _chunks(self, n_tokens: int) -> KeyChunks:
         """The first ``n_tokens`` keys of every row, for the index."""
@@ -279,7 +285,6 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
 
     def _attend_past(self, q: Tensor, step: Step, scale: float) -> Tensor:
         shared, cfg, index = self.shared, self.shared.cfg, self.index
-        keys = self.buffers()[0]
         decoding = step.n_new <= cfg.sparse_query_tokens
         recorder = shared.recorder if decoding else None
         reach = self.reach(step.longest)
@@ -294,6 +299,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         dense = self.why_dense(step.n_new, step.longest) is not None
         if dense or index is None or not index.fitted_tokens or self.reach(step.longest) <= cfg.dense_up_to_tokens:
             if recorder is not None:
+                keys = self.on_device()[0]
                 recorder.add_dense(n_read, 2 * keys.shape[1] * keys.shape[3] * keys.element_size())
             return self._attend_all(q, step, scale)
         mask_mod = None if self.window is None else window_mask(self.window)
@@ -301,12 +307,12 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         result = self._attend_two_levels(q, step, index, cfg, mask_mod, scale, recorder is not None or audited)
         if auditor is not None and audited:
             assert result.tokens is not None
-            auditor.add(self.layer_idx, q, keys, result.tokens, cfg, scale=scale, mask_mod=mask_mod)
+            auditor.add(self.layer_idx, q, self.buffers()[0], result.tokens, cfg, scale=scale, mask_mod=mask_mod)
         if recorder is not None:
             assert result.blocks is not None
             assert result.tokens is not None
             recorder.add_sparse(
-                self.layer_idx, q, keys.to(q.device), index, result.blocks, result.tokens,
+                self.layer_idx, q, self.buffers()[0].to(q.device), index, result.blocks, result.tokens,
                 n_tokens=n_read, scale=scale, mask_mod=mask_mod,
             )  # fmt: skip
         return result.out

@@ -58,7 +58,7 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
 
     def place(self, store: HostStore, config: OffloadConfig, reader: RowReader) -> None:
         """Take a store, and allocate pool and index on the device of ``reader``, which layers share."""
-        shared, device, dtype = self.shared, reader.device, store.rows.dtype
+        shared, device, dtype = self.shared, reader.device, store.dtype
         pool = self.new_pool(dtype, device)
         transfers = make_transfers(device, config)
         self.engine = LayerOffload(store, pool, config, shared.cfg.sparse_query_tokens, transfers)
@@ -89,10 +89,19 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
         return self.engine
 
     def buffers(self) -> tuple[Tensor, Tensor]:
-        """All keys and values, [B, HKV, S, D], in host memory. Waits for the device: for reports and for copies."""
+        """All keys and values, [B, HKV, S, D], in host memory; a copy if that holds int8.
+
+        Waits for the device: for reports and for copies.
+        """
         engine = self.opened()
         engine.synchronize()
         return engine.store.keys, engine.store.values
+
+    def restore(self, k: Tensor, v: Tensor) -> None:
+        """As :meth:`TLSLayer.restore`."""
+        b, _, n, _ = k.shape
+        store = self.opened().store
+        store.write(store.packed(torch.stack((k, v), 3)), [0] * b, [n] * b)
 
     def on_device(self) -> tuple[Tensor, Tensor]:
         """The pool's, [B, HKV, P * BLOCK, D]."""
@@ -172,18 +181,17 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
         if self.engine is not None:
             self.engine.reset()
 
-    def _write(self, k: Tensor, v: Tensor, step: Step) -> None:
+    def _write(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         engine, index = self.opened(), self.index
         decoding = not step.is_fresh and step.n_new <= engine.n_ahead
         if decoding and index is not None and index.fitted_tokens:
             if not engine.is_open:
                 self._open(step.start)
             engine.join()
-            engine.append(k, v, step.start)
-        else:
-            counts = [after - before for before, after in zip(step.lens_before, step.lens_after, strict=True)]
-            engine.write(k, v, step.lens_before, counts)
-            self._new = (k, v)
+            return engine.append(k, v, step.start)
+        counts = [after - before for before, after in zip(step.lens_before, step.lens_after, strict=True)]
+        self._new = engine.write(k, v, step.lens_before, counts)
+        return self._new
 
     def _prompt(self, step: Step) -> tuple[Tensor, Tensor]:
         assert self._new is not None
@@ -327,8 +335,8 @@ def allocate_offloaded(
     """Allocate stores, pools as :func:`size_pools` left them, and indexes, after a look at what the host has."""
     shared = layers[0].shared
     shape, b = shared.shape, shared.progress.batch_size
-    token_bytes = 2 * shape.n_kv_heads * shape.head_dim * dtype.itemsize
-    needed = len(layers) * b * shared.capacity_tokens * token_bytes
+    token_bytes = config.token_bytes(shape.head_dim, dtype.itemsize)
+    needed = len(layers) * b * shared.capacity_tokens * shape.n_kv_heads * token_bytes
     what = f"keys and values of {b} x {shared.capacity_tokens:,} tokens in {len(layers)} layers"
     check_host_bytes(needed, what, host_bytes_available())
     reader: RowReader | None = None
@@ -336,6 +344,7 @@ def allocate_offloaded(
         store = HostStore(
             batch_size=b, n_kv_heads=shape.n_kv_heads, n_blocks=shared.capacity_tokens // shared.cfg.block_size,
             block_size=shared.cfg.block_size, head_dim=shape.head_dim, dtype=dtype, pinned=device.type == "cuda",
+            store_dtype=config.store_dtype,
         )  # fmt: skip
         reader = reader or RowReader(store, device, PIECE_TOKENS)
         layer.place(store, config, reader)

@@ -2,6 +2,8 @@
 
 A folder: ``cache.json`` says what it is, ``rows.safetensors`` which columns are tokens, ``layer_00012.safetensors``
 holds a layer's keys, values and index. Layers are written and read one by one.
+
+Keys and values are in the model's dtype, whatever held them: those of an int8 store go back into one unchanged.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from .cache_layer import TLSLayer
 from .config import TLSConfig
+from .index import KVIndex
 from .offloaded_layer import OffloadedLayer
 
 if TYPE_CHECKING:
@@ -102,15 +105,22 @@ def fill(cache: TLSCache, path: str | Path, found: dict[str, Any]) -> None:
     for layer, counts in zip(cache.tls_layers, found["indexes"], strict=True):
         file = path / _name(layer.layer_idx)
         saved = _read(file)
-        for name, buffer in _views(layer, n).items():
+
+        def checked(name: str, like: Tensor, saved: dict[str, Tensor] = saved, file: Path = file) -> Tensor:
             new = saved.get(name)
-            if new is None or new.shape != buffer.shape or new.dtype != buffer.dtype:
+            if new is None or new.shape != like.shape or new.dtype != like.dtype:
                 got = "nothing" if new is None else f"{new.dtype} {tuple(new.shape)}"
                 raise ValueError(
-                    f"path: expected {name} {buffer.dtype} {tuple(buffer.shape)} in {file}, got {got}; the file is "
+                    f"path: expected {name} {like.dtype} {tuple(like.shape)} in {file}, got {got}; the file is "
                     "damaged or of another cache"
                 )
-            buffer.copy_(new)
+            return new
+
+        held = layer.on_device()[0]
+        like = held.new_empty(*held.shape[:2], n, held.shape[3], device="meta")
+        layer.restore(checked("keys", like), checked("values", like))
+        for name, buffer in _views(layer.index, n).items():
+            buffer.copy_(checked(name, buffer))
         for name, value in (counts or {}).items():
             setattr(layer.index, name, value)
         if isinstance(layer, OffloadedLayer) and "last_queries" in saved:
@@ -123,24 +133,25 @@ def config_of(found: dict[str, Any]) -> TLSConfig:
 
 
 def _state(layer: TLSLayer, n_tokens: int) -> dict[str, Tensor]:
-    state = {name: x.contiguous() for name, x in _views(layer, n_tokens).items()}
+    keys, values = (x[:, :, :n_tokens] for x in layer.buffers())
+    views = {"keys": keys, "values": values, **_views(layer.index, n_tokens)}
+    state = {name: x.contiguous() for name, x in views.items()}
     if isinstance(layer, OffloadedLayer) and layer.last_queries is not None:
         state["last_queries"] = layer.last_queries.contiguous()
         state["scale"] = torch.tensor(layer.scale, dtype=torch.float64)
     return state
 
 
-def _views(layer: TLSLayer, n_tokens: int) -> dict[str, Tensor]:
-    """The part of every buffer that ``n_tokens`` tokens fill."""
-    keys, values = (x[:, :, :n_tokens] for x in layer.buffers())
-    views = {"keys": keys, "values": values}
-    if layer.index is not None:
-        labels = layer.index.labels.tensors
-        views |= {f"labels.{name}": x[..., :n_tokens] if name == "codes" else x for name, x in labels.items()}
-        views["seq_lens"] = layer.index.seq_lens
-        if layer.index.summary is not None:
-            n_blocks = -(-n_tokens // layer.index.cfg.block_size)
-            views |= {f"summary.{name}": x[:, :, :n_blocks] for name, x in layer.index.summary.tensors.items()}
+def _views(index: KVIndex | None, n_tokens: int) -> dict[str, Tensor]:
+    """The part of the index's every buffer that ``n_tokens`` tokens fill."""
+    if index is None:
+        return {}
+    labels = index.labels.tensors
+    views = {f"labels.{name}": x[..., :n_tokens] if name == "codes" else x for name, x in labels.items()}
+    views["seq_lens"] = index.seq_lens
+    if index.summary is not None:
+        n_blocks = -(-n_tokens // index.cfg.block_size)
+        views |= {f"summary.{name}": x[:, :, :n_blocks] for name, x in index.summary.tensors.items()}
     return views
 
 

@@ -46,8 +46,9 @@ def decode_offloaded(
     labels, pool = index.labels, engine.pool
     assert labels.bits is not None
     append_to_pool(
-        k_new, v_new, start, pool.slots, pool.slot_of_block, labels.codes, labels.to_code, labels.offset, labels.bits
-    )
+        k_new, v_new, start, pool.slots, pool.slot_of_block, labels.codes, labels.to_code, labels.offset, labels.bits,
+        int8=engine.store.scales is not None,
+    )  # fmt: skip
     seq_lens = start + 1
     chosen = choose_blocks(q, index, cfg, scale, seq_lens)
     heads = (q.shape[0], pool.slots.shape[1])
@@ -61,16 +62,19 @@ def decode_offloaded(
 @torch.library.custom_op("flex_tls::append_to_pool", mutates_args=("slots", "codes"))
 def append_to_pool(
     k_new: Tensor, v_new: Tensor, start: Tensor, slots: Tensor, slot_of_block: Tensor, codes: Tensor, to_code: Tensor,
-    offset: Tensor, bits: int,
+    offset: Tensor, bits: int, int8: bool,
 ) -> None:  # fmt: skip
-    """As :func:`append_tokens`, into slots [B, HKV, P, BLOCK, 2, D] of a pool, by its table."""
+    """As :func:`append_tokens`, into slots [B, HKV, P, BLOCK, 2, D] of a pool, by its table.
+
+    With ``int8`` what is written is what a store in 8 bits would give back.
+    """
     from .kernels.append import launch_append
 
     k_new, v_new = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_new, v_new))
     with torch.cuda.device_of(slots):  # type: ignore[no-untyped-call,unused-ignore]
         launch_append(
             k_new, v_new, start, slots[..., 0, :], slots[..., 1, :], codes, to_code, offset, bits=bits,
-            pages=slot_of_block,
+            pages=slot_of_block, int8=int8,
         )  # fmt: skip
 
 

@@ -78,25 +78,33 @@ class LayerOffload:
         """Selected blocks of one row and head that one step can serve."""
         return self.pool.n_slots - open_blocks(self.n_ahead, self.pool.block_size)
 
-    def write(self, k: Tensor, v: Tensor, starts: Sequence[int], counts: Sequence[int]) -> None:
+    def write(self, k: Tensor, v: Tensor, starts: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Put a prompt's chunk straight into the store: ``counts[b]`` tokens of k, v [B, HKV, T, D] at ``starts[b]``.
 
         Blocks that it touches leave the pool; the engine is closed and cold. On CUDA the copies run on the side stream.
+
+        Returns:
+            k and v as the store gives them back.
         """
         if self.is_open:
             self.transfers.join()
         self.is_warm = False
         self._drop_from([start // self.pool.block_size for start in starts])
+        new = self.store.packed(torch.stack((k, v), 3))
         if k.is_cuda:
             side = side_stream(k.device)
             side.wait_stream(torch.cuda.current_stream(k.device))
             with torch.cuda.stream(side):
-                self.store.write(k, v, starts, counts)
-            for x in (k, v):
+                self.store.write(new, starts, counts)
+            for x in new:
                 x.record_stream(side)
         else:
-            self.store.write(k, v, starts, counts)
+            self.store.write(new, starts, counts)
         self._chunk_bytes_out += sum(counts) * (self.store.block_bytes // self.pool.block_size) * k.shape[1]
+        if self.store.scales is None:
+            return k, v
+        keys, values = self.store.unpacked(new).unbind(3)
+        return keys, values
 
     def open(self, seq_lens: Tensor) -> None:
         """Give the next tokens of rows of ``seq_lens`` int64 [B] their slots, and wait for what their blocks hold."""
@@ -107,14 +115,20 @@ class LayerOffload:
         self.transfers.join()
         self.is_open = True
 
-    def append(self, k: Tensor, v: Tensor, start: Tensor) -> None:
-        """Write k and v [B, HKV, T, D], at most ``n_ahead`` tokens, into the pool at ``start`` int64 [B]."""
+    def append(self, k: Tensor, v: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v [B, HKV, T, D], at most ``n_ahead`` tokens, into the pool at ``start`` int64 [B].
+
+        Returns k and v as the store would give them back, which is what is written: whether a block has left the pool
+        and come again changes nothing.
+        """
         t = k.shape[2]
         if not self.is_open or t > self.n_ahead:
             raise RuntimeError(f"append: expected an open engine and at most {self.n_ahead} tokens, got {t}")
         place = self.pool.places(start[:, None] + torch.arange(t, device=k.device))[..., None].expand_as(k)
+        k, v = (self.store.unpacked(self.store.packed(x)) for x in (k, v))
         self.pool.keys.scatter_(2, place, k)
         self.pool.values.scatter_(2, place, v)
+        return k, v
 
     def step(
         self, ids: Tensor, scores: Tensor | None, start: Tensor, seq_lens: Tensor, positions: Tensor, *,

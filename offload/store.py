@@ -8,81 +8,114 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .config import StoreDtype
+from .int8 import dequantised, quantised
+
 
 class HostStore:
     """Keys and values of one layer in host memory, allocated once, zeros at first.
 
     A token's key and value lie side by side, and so do a block's tokens: a block of one KV head is one row of memory,
-    and keys and values of a row and head are each one strided view over all of its tokens.
+    and keys and values of a row and head are each one strided view over all of its tokens. In 8 bits the scales are a
+    second such row: inside the first they would part the tokens, which a prompt's chunk writes in one copy a head.
 
     Attributes:
-        rows: [B, HKV, N, BLOCK, 2, D]; keys at 0 and values at 1 of the last dimension but one.
+        rows: [B, HKV, N, BLOCK, 2, D]; keys at 0 and values at 1 of the last dimension but one. Of the model's dtype,
+            or int8.
+        scales: None, or, beside int8, float32 [B, HKV, N, BLOCK, 2].
+        dtype: of keys and values on the device.
         pinned: the device can read it by itself; valid until the store is closed or collected.
     """
 
     def __init__(
         self, *, batch_size: int, n_kv_heads: int, n_blocks: int, block_size: int, head_dim: int, dtype: torch.dtype,
-        pinned: bool,
+        pinned: bool, store_dtype: StoreDtype = "model",
     ) -> None:  # fmt: skip
-        self.rows = torch.zeros(batch_size, n_kv_heads, n_blocks, block_size, 2, head_dim, dtype=dtype)
-        self.pinned = pinned
-        self._unpin = weakref.finalize(self, _unpin, _pin(self.rows)) if pinned else None
+        shape = (batch_size, n_kv_heads, n_blocks, block_size, 2)
+        int8 = store_dtype == "int8"
+        self.rows = torch.zeros(*shape, head_dim, dtype=torch.int8 if int8 else dtype)
+        self.scales = torch.zeros(shape) if int8 else None
+        self.dtype, self.store_dtype, self.pinned = dtype, store_dtype, pinned
+        self._unpin = [weakref.finalize(self, _unpin, _pin(x)) for x in self.parts] if pinned else []
 
     @property
-    def tokens(self) -> Tensor:
-        """The rows as tokens: [B, HKV, S, 2, D]."""
-        return self.rows.flatten(2, 3)
+    def parts(self) -> tuple[Tensor, ...]:
+        """Rows and, in 8 bits, scales: all that is held."""
+        return (self.rows,) if self.scales is None else (self.rows, self.scales)
+
+    @property
+    def tokens(self) -> tuple[Tensor, ...]:
+        """The parts as tokens: [B, HKV, S, 2, D] and, in 8 bits, [B, HKV, S, 2]."""
+        return tuple(x.flatten(2, 3) for x in self.parts)
 
     @property
     def keys(self) -> Tensor:
-        """[B, HKV, S, D], a view."""
-        return self.tokens[:, :, :, 0]
+        """[B, HKV, S, D], a view; in 8 bits what they stand for."""
+        return self.unpacked(tuple(x[:, :, :, 0] for x in self.tokens))
 
     @property
     def values(self) -> Tensor:
-        """[B, HKV, S, D], a view."""
-        return self.tokens[:, :, :, 1]
+        """[B, HKV, S, D], a view; in 8 bits what they stand for."""
+        return self.unpacked(tuple(x[:, :, :, 1] for x in self.tokens))
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block's keys and values."""
-        return self.rows[0, 0, 0].numel() * self.rows.element_size()
+        return sum(x[0, 0, 0].nbytes for x in self.parts)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return self.rows.numel() * self.rows.element_size()
+        """Bytes of all parts."""
+        return sum(x.nbytes for x in self.parts)
+
+    def packed(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Vectors x [..., D] as the parts hold them, on the device where they are."""
+        return (x,) if self.scales is None else quantised(x)
+
+    def unpacked(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """Vectors [..., D] from what the parts hold."""
+        if self.scales is None:
+            return parts[0]
+        codes, scales = parts
+        return dequantised(codes, scales, self.dtype)
 
     def take_rows(self, rows: Tensor, n_blocks: int) -> None:
         """Row i becomes the former row ``rows[i]``, in its first ``n_blocks`` blocks; one head is copied at a time."""
         moved = [(i, row) for i, row in enumerate(rows.tolist()) if i != row]
         for head in range(self.rows.shape[1]) if moved else ():
-            blocks = self.rows[:, head, :n_blocks]
-            former = {row: blocks[row].clone() for row in {row for _, row in moved}}
-            for i, row in moved:
-                blocks[i] = former[row]
+            for part in self.parts:
+                blocks = part[:, head, :n_blocks]
+                former = {row: blocks[row].clone() for row in {row for _, row in moved}}
+                for i, row in moved:
+                    blocks[i] = former[row]
 
-    def write(self, k: Tensor, v: Tensor, starts: Sequence[int], counts: Sequence[int]) -> None:
-        """Put the first ``counts[b]`` tokens of k and v [B, HKV, T, D] at ``starts[b]``.
+    def write(self, new: tuple[Tensor, ...], starts: Sequence[int], counts: Sequence[int]) -> None:
+        """Put the first ``counts[b]`` of new tokens, :meth:`packed` [B, HKV, T, 2, ...], at ``starts[b]``.
 
         From a CUDA device the copies are queued on the current stream.
         """
-        both = torch.stack((k, v), 3)
-        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            # Contiguous here and there, so that each is one copy that the host need not wait for
-            for head in range(both.shape[1]):
-                self.tokens[row, head, start : start + count].copy_(both[row, head, :count], non_blocking=True)
+        for part, tokens in zip(self.tokens, new, strict=True):
+            for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+                # Contiguous here and there, so that each is one copy that the host need not wait for
+                for head in range(part.shape[1]):
+                    part[row, head, start : start + count].copy_(tokens[row, head, :count], non_blocking=True)
 
     def read(self, row: int, start: int, end: int, out: Tensor) -> Tensor:
         """One row's tokens [HKV, end - start, 2, D] in ``out``, which is at least as long, on the current stream."""
         for head in range(out.shape[0]):
-            out[head, : end - start].copy_(self.tokens[row, head, start:end], non_blocking=True)
+            self.copy(tuple(x[row, head, start:end] for x in self.tokens), out[head, : end - start])
         return out[:, : end - start]
+
+    def copy(self, parts: tuple[Tensor, ...], out: Tensor) -> None:
+        """Bring contiguous pieces of the parts to ``out``, unpacked where it is, on the current stream."""
+        if self.scales is not None:
+            parts = tuple(x.to(out.device, non_blocking=True) for x in parts)
+        out.copy_(self.unpacked(parts), non_blocking=True)
 
     def read_keys(self, n_tokens: int, piece_tokens: int, device: torch.device) -> Iterator[Tensor]:
         """The first ``n_tokens`` keys of every row, piece by piece: [B, HKV, S', D] on ``device``."""
         b, h, _, _, two, d = self.rows.shape
-        piece = torch.empty(b, h, min(piece_tokens, n_tokens), two, d, dtype=self.rows.dtype, device=device)
+        piece = torch.empty(b, h, min(piece_tokens, n_tokens), two, d, dtype=self.dtype, device=device)
         for start in range(0, n_tokens, piece_tokens):
             end = min(start + piece_tokens, n_tokens)
             for row in range(b):
@@ -93,18 +126,19 @@ class HostStore:
         """A store of other rows, of which row i is a copy of ``rows[i]``."""
         _, h, n, size, _, d = self.rows.shape
         new = HostStore(
-            batch_size=rows.shape[0], n_kv_heads=h, n_blocks=n, block_size=size, head_dim=d, dtype=self.rows.dtype,
-            pinned=self.pinned,
+            batch_size=rows.shape[0], n_kv_heads=h, n_blocks=n, block_size=size, head_dim=d, dtype=self.dtype,
+            pinned=self.pinned, store_dtype=self.store_dtype,
         )  # fmt: skip
-        for i, row in enumerate(rows.tolist()):
-            new.rows[i] = self.rows[row]
+        for part, former in zip(new.parts, self.parts, strict=True):
+            for i, row in enumerate(rows.tolist()):
+                part[i] = former[row]
         return new
 
     def close(self) -> None:
         """Unpin the memory; the device must not read it any more."""
         self.pinned = False
-        if self._unpin is not None:
-            self._unpin()
+        for unpin in self._unpin:
+            unpin()
 
 
 def _pin(rows: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class RowReader:
         _, h, _, _, two, d = like.rows.shape
         self.device, self.piece_tokens = device, piece_tokens
         self._buffers = (
-            [torch.empty(h, piece_tokens, two, d, dtype=like.rows.dtype, device=device) for _ in range(2)]
+            [torch.empty(h, piece_tokens, two, d, dtype=like.dtype, device=device) for _ in range(2)]
             if device.type == "cuda"
             else []
         )
@@ -31,7 +31,8 @@ class RowReader:
         starts = range(0, n_tokens, self.piece_tokens)
         if self.device.type != "cuda":
             for start in starts:
-                keys, values = store.tokens[row, :, start : min(start + self.piece_tokens, n_tokens)].unbind(2)
+                end = min(start + self.piece_tokens, n_tokens)
+                keys, values = store.unpacked(tuple(x[row, :, start:end] for x in store.tokens)).unbind(2)
                 yield keys, values
             return
         side, main = side_stream(self.device), torch.cuda.current_stream(self.device)

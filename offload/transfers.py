@@ -99,7 +99,7 @@ def fetch(store: HostStore, pool: DevicePool, rows: Tensor) -> None:
     entry = torch.arange(pool.n_slots) < pool.fetch_count[..., None]
     row, head, i = (entry & rows[..., None]).nonzero(as_tuple=True)
     block, slot = (x[row, head, i].long() for x in (pool.fetch_block, pool.fetch_slot))
-    pool.slots[row, head, slot] = store.rows[row, head, block]
+    pool.slots[row, head, slot] = store.unpacked(tuple(x[row, head, block] for x in store.parts))
 
 
 def write_through(store: HostStore, pool: DevicePool, n_written: int) -> None:
@@ -108,7 +108,9 @@ def write_through(store: HostStore, pool: DevicePool, n_written: int) -> None:
         position = torch.arange(begin, end)
         place = pool.places(position.expand(pool.slots.shape[0], -1))[row]
         head = torch.arange(place.shape[0])[:, None]
-        store.tokens[row, head, position] = pool.slots[row].flatten(1, 2)[head, place]
+        new = store.packed(pool.slots[row].flatten(1, 2)[head, place])
+        for part, tokens in zip(store.tokens, new, strict=True):
+            part[row, head, position] = tokens
 
 
 def _written(pool: DevicePool, n_written: int) -> Iterator[tuple[int, int, int]]:
@@ -122,7 +124,7 @@ def _copy_blocks(store: HostStore, pool: DevicePool, rows: Tensor) -> None:
     row, head, i = (entry & rows[..., None]).nonzero(as_tuple=True)
     listed = torch.stack((row, head, pool.fetch_block[row, head, i].long(), pool.fetch_slot[row, head, i].long()), 1)
     for b, h, block, slot in listed.tolist():
-        pool.slots[b, h, slot].copy_(store.rows[b, h, block], non_blocking=True)
+        store.copy(tuple(x[b, h, block] for x in store.parts), pool.slots[b, h, slot])
 
 
 def _copy_tokens(store: HostStore, pool: DevicePool, n_written: int) -> None:
@@ -130,4 +132,6 @@ def _copy_tokens(store: HostStore, pool: DevicePool, n_written: int) -> None:
         position = torch.arange(begin, end, device=pool.slots.device).expand(pool.slots.shape[0], -1)
         for h, places in enumerate(pool.places(position)[b].tolist()):
             for at, place in zip(range(begin, end), places, strict=True):
-                store.tokens[b, h, at].copy_(pool.slots[b, h].flatten(0, 1)[place], non_blocking=True)
+                new = store.packed(pool.slots[b, h].flatten(0, 1)[place])
+                for part, token in zip(store.tokens, new, strict=True):
+                    part[b, h, at].copy_(token, non_blocking=True)

@@ -37,6 +37,7 @@ NewTokens = Annotated[int, typer.Option(min=2, help="Tokens to decode.")]
 BlockBudget = Annotated[str, typer.Option(help="Level 1: tokens kept as blocks; a count, or a share as 1/4.")]
 TokenBudget = Annotated[str, typer.Option(help="Level 2: tokens kept inside them; a count, a share, or 'all'.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens per block: 16, 32, 64 or 128.")]
+StoreDtypeName = Annotated[str, typer.Option("--store-dtype", help="With --offload: the host holds model or int8.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw kept mass and block map into this PNG or SVG.")]
 
@@ -87,6 +88,7 @@ def generate(
     gpu_blocks: Annotated[
         int | None, typer.Option(min=1, help="With --offload: blocks on the device per KV head; twice the budget.")
     ] = None,
+    store_dtype: StoreDtypeName = "model",
     stats: Annotated[bool, typer.Option("--stats", help="With --offload: what each layer's engine did.")] = False,
     json_file: JsonFile = None,
     plot: PlotFile = None,
@@ -99,7 +101,7 @@ def generate(
     if ids.shape[1] < 1:
         raise typer.BadParameter(f"expected text, {prompt_file} holds none", param_hint="--prompt-file")
     cfg = config(ids.shape[1], block_budget, token_budget, block_size)
-    away = offload_config(offload, gpu_blocks)
+    away = offload_config(offload, gpu_blocks, store_dtype)
     _run(model, tokenizer, ids, cfg, new_tokens, console, json_file, plot, compare_dense, away, stats)
 
 
@@ -115,13 +117,14 @@ def plan(
     block_size: BlockSize = 32,
     offload: Annotated[str, typer.Option(help="Policy: async, exact or corrected.")] = "async",
     gpu_blocks: Annotated[int | None, typer.Option(min=1, help="Blocks on the device per KV head.")] = None,
+    store_dtype: StoreDtypeName = "model",
     missing: Annotated[float, typer.Option(min=0, max=1, help="Share of a step's blocks that it has to fetch.")] = 0.05,
     json_file: JsonFile = None,
 ) -> None:
     """What a context would take with and without offload, what fits, and on CUDA the least time of a step."""
     console = Console()
     cfg = config(context, block_budget, token_budget, block_size)
-    away = offload_config(offload, gpu_blocks)
+    away = offload_config(offload, gpu_blocks, store_dtype)
     if away is None:
         raise typer.BadParameter("expected async, exact or corrected, got none", param_hint="--offload")
     with reported(console):

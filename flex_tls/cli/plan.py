@@ -137,9 +137,11 @@ def _step_ms(
     read_s = (weight_bytes + cache.index_nbytes + attended) / read_rate
     if cache.offload_config is None:
         return read_s * 1e3
-    fetched = missing * min(context, cfg.block_budget) * token_bytes * len(cache.offloaded_layers)
+    away = cache.offload_config
+    host_token_bytes = away.token_bytes(shape.head_dim, cache.dtype.itemsize) * shape.n_kv_heads * cache.batch_size
+    fetched = missing * min(context, cfg.block_budget) * host_token_bytes * len(cache.offloaded_layers)
     fetch_s = fetched / link_rate
-    return (read_s + fetch_s if cache.offload_config.policy == "exact" else max(read_s, fetch_s)) * 1e3
+    return (read_s + fetch_s if away.policy == "exact" else max(read_s, fetch_s)) * 1e3
 
 
 def _model(name: str) -> tuple[Any, int]:

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .follow import follow, precede
+from .int8 import round_trip
 from .tiles import NATIVE, padded
 
 
@@ -17,7 +18,7 @@ def append(
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, page_stride_k, page_stride_v, n_heads, T, S,
     N,
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
-    LABELS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, NATIVE: tl.constexpr,
+    LABELS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program ``row`` writes one token of one KV head."""
     precede(NATIVE)
@@ -29,6 +30,8 @@ def append(
     d = tl.arange(0, DP)
     key = tl.load(k_new + b * k_new_stride_b + h * k_new_stride_h + t * k_new_stride_t + d, d < D, other=0.0)
     value = tl.load(v_new + b * v_new_stride_b + h * v_new_stride_h + t * v_new_stride_t + d, d < D, other=0.0)
+    if INT8:
+        key, value = round_trip(key), round_trip(value)
     keys += b * k_stride_b + h * k_stride_h
     values += b * v_stride_b + h * v_stride_h
     if PAGED:
@@ -56,12 +59,13 @@ def append(
 
 def launch_append(
     k_new: Tensor, v_new: Tensor, start: Tensor, keys: Tensor, values: Tensor, codes: Tensor | None,
-    to_code: Tensor | None, offset: Tensor | None, *, bits: int, pages: Tensor | None = None,
+    to_code: Tensor | None, offset: Tensor | None, *, bits: int, pages: Tensor | None = None, int8: bool = False,
 ) -> None:  # fmt: skip
     """Write k_new and v_new [B, HKV, T, D] at slots ``start[b] + t`` of keys and values [B, HKV, S, D].
 
     With ``pages`` int32 [B, HKV, N] these are [B, HKV, P, block_size, D], and block n is at page ``pages[n]``.
     With ``codes`` int32 [B, HKV, W, S'] also the tokens' labels; see :class:`flex_tls.labels.TokenLabels`.
+    With ``int8`` keys and values are first made what a host store in 8 bits would give back.
     """
     b, hkv, t, d = k_new.shape
     labels = codes is not None and to_code is not None and offset is not None
@@ -74,6 +78,6 @@ def launch_append(
         start if offset is None else offset, start if pages is None else pages, *k_new.stride()[:3],
         *v_new.stride()[:3], *keys.stride()[:2], keys.stride(-2), *values.stride()[:2], values.stride(-2),
         keys.stride(2), values.stride(2), hkv, t, s, n, D=d, DP=padded(d), C=c, CHANNELS=padded(w) * 32 // bits, W=w,
-        BITS=bits, LABELS=labels, BLOCK_SIZE=size, PAGED=pages is not None, NATIVE=NATIVE, num_warps=4,
-        launch_pdl=NATIVE,
+        BITS=bits, LABELS=labels, BLOCK_SIZE=size, PAGED=pages is not None, INT8=int8, NATIVE=NATIVE,
+        num_warps=4, launch_pdl=NATIVE,
     )  # fmt: skip

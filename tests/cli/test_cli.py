@@ -109,8 +109,12 @@ def test_generate_with_keys_and_values_in_host_memory(model_folder: Path, tmp_pa
     assert all(0 < layer["hit_rate"] <= 1 and layer["host_bytes"] > 0 for layer in found.values())
     assert "keys and values in host memory" in result.output
     assert "hits" in result.output
-    result = runner.invoke(cli.app, [*command, "--gpu-blocks", "5"])
-    assert result.exit_code == 2
+    result = runner.invoke(cli.app, [*command, "--offload", "exact", "--store-dtype", "int8"])
+    assert result.exit_code == 0, result.output
+    small = json.loads(out.read_text())["offload"]
+    assert all(small[name]["host_bytes"] < layer["host_bytes"] / 3 for name, layer in found.items())
+    for option in (["--gpu-blocks", "5"], ["--store-dtype", "int8"]):
+        assert runner.invoke(cli.app, [*command, *option]).exit_code == 2
     result = runner.invoke(cli.app, [*command, "--offload", "async", "--gpu-blocks", "5"])
     assert result.exit_code == 1
     assert "gpu_blocks: expected at least" in " ".join(result.output.split())

@@ -24,7 +24,13 @@ def test_the_largest_that_fits_fits_and_the_next_does_not(limit: int, unit: int)
     assert largest(lambda n: True) == 2**30
 
 
-@pytest.mark.parametrize("offload", [None, tls.OffloadConfig(gpu_blocks=7), tls.OffloadConfig(gpu_fraction=0.6)])
+@pytest.mark.parametrize(
+    "offload",
+    [
+        None, tls.OffloadConfig(gpu_blocks=7), tls.OffloadConfig(gpu_fraction=0.6),
+        tls.OffloadConfig(gpu_blocks=7, store_dtype="int8"),
+    ],
+)  # fmt: skip
 def test_planned_bytes_are_what_a_cache_allocates(offload: tls.OffloadConfig | None) -> None:
     model = make("qwen3")
     planned = tls.TLSCache(model.config, SPARSE, batch_size=2, max_len=170, dtype=torch.float32, offload=offload)
@@ -50,6 +56,10 @@ def test_plan_says_what_fits(model_folder: Path, tmp_path: Path) -> None:
     assert found["resident"]["largest_batch"] < 2 <= found["offloaded"]["largest_batch"]
     assert found["resident"]["largest_context"] < 20000 <= found["offloaded"]["largest_context"]
     assert "it fits in no other way" in result.output
+    host = found["offloaded"]["host_bytes"]
+    result = runner.invoke(cli.app, [*command, *memory, "--store-dtype", "int8"])
+    assert result.exit_code == 0, result.output
+    assert 0.25 < json.loads(out.read_text())["offloaded"]["host_bytes"] / host < 0.32
     result = runner.invoke(cli.app, [*command, "--gpu-blocks", "3"])
     assert result.exit_code == 1
     assert "gpu_blocks: expected at least" in " ".join(result.output.split())

@@ -14,12 +14,13 @@ from torch import Tensor
 import flex_tls as tls
 from flex_tls.attention import BackendUnavailable
 from tests.integrations.models import FAMILIES, SPARSE, make, prompts
-from tests.integrations.offloaded import cache_for
+from tests.integrations.offloaded import cache_for, plain_cache_for
 
 pytestmark = pytest.mark.usefixtures("no_block_is_in_two_places")
 
 EXACT = tls.OffloadConfig(policy="exact")
 MINIMUM = tls.OffloadConfig(policy="exact", gpu_blocks=6)
+INT8 = dataclasses.replace(MINIMUM, store_dtype="int8")
 FULL_ATTENTION = [family for family in FAMILIES if family != "mistral, window"]
 
 
@@ -30,12 +31,12 @@ def generate(model: Any, cache: tls.TLSCache, inputs: dict[str, Tensor], n: int 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("offload", [EXACT, MINIMUM], ids=["default pool", "smallest pool"])
+@pytest.mark.parametrize("offload", [EXACT, MINIMUM, INT8], ids=["default pool", "smallest pool", "int8"])
 @pytest.mark.parametrize("family", FULL_ATTENTION)
 def test_exact_generates_what_the_cache_without_offload_does(family: str, offload: tls.OffloadConfig) -> None:
     """Left-padded rows, then another turn; the first row passes the budgets long before the last."""
     model, inputs = make(family), prompts(90, 41, 7)
-    caches = [cache_for(model, None, 3), cache_for(model, offload, 3)]
+    caches = [plain_cache_for(model, offload, 3), cache_for(model, offload, 3)]
     want, got = (generate(model, cache, inputs) for cache in caches)
     assert torch.equal(got, want)
     assert caches[0].seq_lens == caches[1].seq_lens
@@ -49,14 +50,15 @@ def test_exact_generates_what_the_cache_without_offload_does(family: str, offloa
         assert 0 < layer.opened().stats().hit_rate <= 1
 
 
-@pytest.mark.parametrize("policy", ["async", "exact"])
-def test_a_context_that_the_budgets_hold_gives_equal_logits(policy: Any) -> None:
+@pytest.mark.parametrize(
+    "offload", [tls.OffloadConfig(), EXACT, tls.OffloadConfig(store_dtype="int8")], ids=["async", "exact", "int8"]
+)
+def test_a_context_that_the_budgets_hold_gives_equal_logits(offload: tls.OffloadConfig) -> None:
     model, inputs = make("qwen3"), prompts(20, 9)
     steps = prompts(9, 9)["input_ids"]
     logits = []
-    for offload in (None, tls.OffloadConfig(policy=policy)):
+    for cache in (plain_cache_for(model, offload, 2), cache_for(model, offload, 2)):
         tls.enable(model)
-        cache = cache_for(model, offload, 2)
         with torch.no_grad():
             out = [model(**inputs, past_key_values=cache).logits[:, -1]]
             for i in range(8):
@@ -67,16 +69,15 @@ def test_a_context_that_the_budgets_hold_gives_equal_logits(policy: Any) -> None
     assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize("offload", [EXACT, INT8], ids=["model", "int8"])
 @pytest.mark.parametrize("extra", [{"num_beams": 2}, {"prefill_chunk_size": 32}], ids=["beams", "chunks"])
-def test_transformers_generate_with_beams_and_in_chunks(extra: dict[str, int]) -> None:
+def test_transformers_generate_with_beams_and_in_chunks(extra: dict[str, int], offload: tls.OffloadConfig) -> None:
     model, inputs = make("llama"), prompts(80, 30)
     tls.enable(model)
     rows = 2 * extra.get("num_beams", 1)
     want, got = (
-        model.generate(
-            **inputs, do_sample=False, max_new_tokens=10, past_key_values=cache_for(model, offload, rows), **extra
-        )
-        for offload in (None, EXACT)
+        model.generate(**inputs, do_sample=False, max_new_tokens=10, past_key_values=cache, **extra)
+        for cache in (plain_cache_for(model, offload, rows), cache_for(model, offload, rows))
     )
     assert torch.equal(got, want)
 
@@ -100,13 +101,13 @@ def test_a_chunk_of_several_queries_equals_the_cache_without_offload() -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
-def test_a_batch_that_changes_its_size() -> None:
+@pytest.mark.parametrize("offload", [EXACT, INT8], ids=["model", "int8"])
+def test_a_batch_that_changes_its_size(offload: tls.OffloadConfig) -> None:
     model, inputs = make("llama"), prompts(90, 64)
     tls.enable(model)
     token = torch.tensor([[5], [6], [7]])
     results = []
-    for offload in (None, EXACT):
-        cache = cache_for(model, offload, 2)
+    for cache in (plain_cache_for(model, offload, 2), cache_for(model, offload, 2)):
         with torch.no_grad():
             model(**inputs, past_key_values=cache)
             model(token[:2], past_key_values=cache, position_ids=torch.tensor([[90], [64]]))
@@ -193,9 +194,6 @@ def test_a_prompt_longer_than_the_store_changes_nothing() -> None:
     assert cache.get_seq_length() == 0
     want = cache_for(model, None, max_len=60)
     assert torch.equal(generate(model, cache, prompts(40)), generate(model, want, prompts(40)))
-
-
-# What goes wrong --------------------------------------------------------------------------------------------------
 
 
 def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,26 +12,32 @@ from tests.integrations.models import SPARSE, make, prompts
 
 
 @pytest.mark.parametrize(
-    ("device", "lens", "policy"),
+    ("device", "lens", "policy", "store_dtype"),
     [
-        ("cpu", (28, 9), "exact"),
+        ("cpu", (28, 9), "exact", "model"),
+        ("cpu", (28, 9), "exact", "int8"),
         *(
             pytest.param("cuda", *case, marks=pytest.mark.cuda)
-            for case in (((90,), "exact"), ((28, 9), "exact"), ((90, 60), "async"))
+            for case in (
+                ((90,), "exact", "model"), ((28, 9), "exact", "model"), ((90, 60), "async", "model"),
+                ((28, 9), "exact", "int8"), ((90, 60), "async", "int8"),
+            )
         ),
     ],
-)
-def test_the_compiled_step_generates_the_same_over_a_pool(lens: tuple[int, ...], policy: Any, device: str) -> None:
+)  # fmt: skip
+def test_the_compiled_step_generates_the_same_over_a_pool(
+    lens: tuple[int, ...], policy: Any, store_dtype: Any, device: str
+) -> None:
     """(28, 9) begins with contexts that the budgets hold, and its pool is cold."""
     pytest.importorskip("triton")
     model = make("qwen3").to(device)
     inputs = {name: x.to(device) for name, x in prompts(*lens).items()}
     found = []
     for compiled in (False, True):
+        offload = tls.OffloadConfig(policy=policy, store_dtype=store_dtype)
         cache = tls.TLSCache(
-            model.config, SPARSE, batch_size=len(lens), offload=tls.OffloadConfig(policy=policy), dtype=torch.float32,
-            device=device, max_len=200,
-        )  # fmt: skip
+            model.config, SPARSE, batch_size=len(lens), offload=offload, dtype=torch.float32, device=device, max_len=200
+        )
         out = tls.generate(
             model, inputs["input_ids"], attention_mask=inputs["attention_mask"], cache=cache, max_new_tokens=12,
             compiled=compiled,

@@ -16,10 +16,12 @@ import flex_tls as tls
 from flex_tls.reference import attention_reference
 from flex_tls.selection import BlockSelection, label_block_scores, select_blocks, token_scores, tokens_from_scores
 from tests.cases import assert_as_exact
-from tests.integrations.offloaded import cache_for
+from tests.integrations.offloaded import as_held, cache_for
 from tests.offload.machine import listed
 
 pytestmark = pytest.mark.usefixtures("no_block_is_in_two_places")
+
+STORE_DTYPES = st.sampled_from(("model", "int8"))
 
 
 def one_layer(offload: tls.OffloadConfig | None, cfg: tls.TLSConfig, b: int, hkv: int, group: int) -> tls.TLSCache:
@@ -68,13 +70,14 @@ def pool(cfg: tls.TLSConfig, spare: int, **kwargs: Any) -> tls.OffloadConfig:
 
 
 @settings(max_examples=10)
-@given(streams())
-def test_exact_equals_the_cache_without_offload(stream: Any) -> None:
+@given(streams(), STORE_DTYPES)
+def test_exact_equals_the_cache_without_offload(stream: Any, store_dtype: Any) -> None:
     """Bit for bit, but for chunks that the pool serves in pieces: matrix products round by their number of rows."""
     cfg, shape, tokens, spare, seed = stream
-    plain, away = one_layer(None, cfg, *shape), one_layer(pool(cfg, spare, policy="exact"), cfg, *shape)
+    config = pool(cfg, spare, policy="exact", store_dtype=store_dtype)
+    plain, away = one_layer(None, cfg, *shape), one_layer(config, cfg, *shape)
     for q, k, v in inputs_of(shape, tokens, seed):
-        got, want = feed(away, q, k, v), feed(plain, q, k, v)
+        got, want = feed(away, q, k, v), feed(plain, q, as_held(k, config), as_held(v, config))
         if q.shape[2] in (2, 4):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
         else:
@@ -86,10 +89,12 @@ def test_exact_equals_the_cache_without_offload(stream: Any) -> None:
 
 
 @settings(max_examples=10)
-@given(streams(), st.booleans(), st.data())
-def test_transfers_at_any_moment_before_their_join_change_nothing(stream: Any, resident: bool, data: Any) -> None:
+@given(streams(), st.booleans(), STORE_DTYPES, st.data())
+def test_transfers_at_any_moment_before_their_join_change_nothing(
+    stream: Any, resident: bool, store_dtype: Any, data: Any
+) -> None:
     cfg, shape, tokens, spare, seed = stream
-    config = pool(cfg, spare, attend_resident=resident)
+    config = pool(cfg, spare, attend_resident=resident, store_dtype=store_dtype)
     late, early = one_layer(config, cfg, *shape), one_layer(config, cfg, *shape)
     for q, k, v in inputs_of(shape, tokens, seed):
         assert torch.equal(feed(early, q, k, v), feed(late, q, k, v))
@@ -97,24 +102,24 @@ def test_transfers_at_any_moment_before_their_join_change_nothing(stream: Any, r
 
 
 @settings(max_examples=10)
-@given(streams(), st.booleans())
-def test_async_attends_to_what_its_definition_says(stream: Any, resident: bool) -> None:
+@given(streams(), st.booleans(), STORE_DTYPES)
+def test_async_attends_to_what_its_definition_says(stream: Any, resident: bool, store_dtype: Any) -> None:
     """Its own definition in Python sets: what a step selects and the step before left on the device."""
     cfg, shape, tokens, spare, seed = stream
     # One query token a step: a chunk is as many steps as the pool asks for, which is another test's matter
     tokens = [tokens[0], *[1 if t < 30 else t for t in tokens[1:]]]
-    config = pool(cfg, spare, attend_resident=resident)
+    config = pool(cfg, spare, attend_resident=resident, store_dtype=store_dtype)
     cache = one_layer(config, cfg, *shape)
     layer = cache.offloaded_layers[0]
     plain = one_layer(None, cfg, *shape)
     keys, values = [], []
     for q, k, v in inputs_of(shape, tokens, seed):
-        keys.append(k)
-        values.append(v)
+        keys.append(as_held(k, config))
+        values.append(as_held(v, config))
         was_open = layer.index is not None and layer.opened().is_open
         before = layer.opened().pool.block_of_slot.clone()
         got = feed(cache, q, k, v)
-        want = feed(plain, q, k, v)
+        want = feed(plain, q, keys[-1], values[-1])
         n, index = sum(x.shape[2] for x in keys), layer.index
         if q.shape[2] > 4 or n <= cfg.dense_up_to_tokens or not was_open:
             # Dense, or the first step after a prompt, whose pool is the prompt's matter
@@ -147,17 +152,18 @@ def test_async_attends_to_what_its_definition_says(stream: Any, resident: bool) 
 
 
 @settings(max_examples=4)
-@given(st.integers(0, 2**16), st.lists(st.sampled_from((1, 30)), min_size=4, max_size=8))
-def test_exact_through_flex_is_as_exact_as_without_offload(seed: int, more: list[int]) -> None:
+@given(st.integers(0, 2**16), st.lists(st.sampled_from((1, 30)), min_size=4, max_size=8), STORE_DTYPES)
+def test_exact_through_flex_is_as_exact_as_without_offload(seed: int, more: list[int], store_dtype: Any) -> None:
     """One compiled shape, many contents and slot permutations, the smallest pool."""
     cfg = tls.TLSConfig(
         block_size=16, block_budget=64, token_budget=40, sink_tokens=4, recent_tokens=8, label_dims=8, dense_layers=0,
         sparse_query_tokens=4,
     )  # fmt: skip
     shape, tokens = (2, 1, 3), [150, *more, 1]
-    flex = one_layer(pool(cfg, 0, policy="exact"), cfg, *shape)
+    config = pool(cfg, 0, policy="exact", store_dtype=store_dtype)
+    flex = one_layer(config, cfg, *shape)
     flex._shared.backend = "flex"
-    low = one_layer(pool(cfg, 0, policy="exact"), cfg, *shape)
+    low = one_layer(config, cfg, *shape)
     for q, k, v in inputs_of(shape, tokens, seed):
         got, reference = (feed(cache, q, k, v) for cache in (flex, low))
         assert_as_exact(got, reference, truth_of(low, q, reference))

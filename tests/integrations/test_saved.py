@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from flex_tls.offload.int8 import dequantised, quantised
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from flex_tls import saved
 from tests.integrations.models import SPARSE, make, prompts
 
 EXACT = tls.OffloadConfig(policy="exact")
+INT8 = tls.OffloadConfig(policy="exact", store_dtype="int8")
 
 
 def new_cache(model: Any, cfg: tls.TLSConfig = SPARSE, **kwargs: Any) -> tls.TLSCache:
@@ -36,8 +38,9 @@ def go_on(model: Any, cache: tls.TLSCache, n: int = 6) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(None, EXACT), (EXACT, None), (tls.OffloadConfig(), tls.OffloadConfig()), (None, None)],
-    ids=["to offload", "from offload", "async", "without"],
+    ("before", "after"),
+    [(None, EXACT), (EXACT, None), (tls.OffloadConfig(), tls.OffloadConfig()), (None, None), (INT8, INT8)],
+    ids=["to offload", "from offload", "async", "without", "int8"],
 )  # fmt: skip
 def test_a_loaded_cache_goes_on_as_the_saved_one(
     before: tls.OffloadConfig | None, after: tls.OffloadConfig | None, tmp_path: Path
@@ -64,6 +67,21 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(
         model(torch.tensor([[4], [4]]), attention_mask=mask, past_key_values=loaded)
         with pytest.raises(ValueError, match="expected the 97 cached columns to stay as they were"):
             model(torch.tensor([[4], [4]]), attention_mask=torch.ones(2, 98), past_key_values=loaded)
+
+
+def test_a_loaded_cache_holds_what_was_saved_as_its_store_can(tmp_path: Path) -> None:
+    """To 8 bits and back: what they stand for stays."""
+    model, cache, path = saved_document(tmp_path)
+    path = tmp_path / "document"
+    for name, offload in (("int8", INT8), ("model", EXACT), ("int8 again", INT8)):
+        found = tls.TLSCache.load(path, model.config, backend="reference", offload=offload)
+        for layer, before in zip(found.tls_layers, cache.tls_layers, strict=True):
+            away = layer in found.offloaded_layers and name == "int8"
+            for got, held in zip(layer.buffers(), before.buffers(), strict=True):
+                want = dequantised(*quantised(held), held.dtype) if away else held
+                assert torch.equal(got[:, :, :90], want[:, :, :90])
+        cache, path = found, tmp_path / name
+        cache.save(path)
 
 
 def saved_document(tmp_path: Path, **kwargs: Any) -> tuple[Any, tls.TLSCache, Path]:

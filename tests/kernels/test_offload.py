@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from flex_tls.offload import DevicePool, HostStore, LayerOffload, OffloadConfig
+from flex_tls.offload.config import StoreDtype
 from flex_tls.offload.residency import attended_blocks, open_blocks, plan_step
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -13,22 +14,28 @@ from torch import Tensor
 pytest.importorskip("triton")
 from flex_tls.offload import ops
 
+from flex_tls.kernels.append import launch_append
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = 16
+# The interpreter cuts bfloat16 off where everything else rounds
+DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
 
 
 def make(
-    b: int, hkv: int, n: int, p: int, d: int, dtype: torch.dtype, seed: int = 0
+    b: int, hkv: int, n: int, p: int, d: int, dtype: torch.dtype, seed: int = 0, store_dtype: StoreDtype = "model"
 ) -> tuple[HostStore, DevicePool, torch.Generator]:
     store = HostStore(
-        batch_size=b, n_kv_heads=hkv, n_blocks=n, block_size=SIZE, head_dim=d, dtype=dtype, pinned=DEVICE == "cuda"
-    )
+        batch_size=b, n_kv_heads=hkv, n_blocks=n, block_size=SIZE, head_dim=d, dtype=dtype, pinned=DEVICE == "cuda",
+        store_dtype=store_dtype,
+    )  # fmt: skip
     pool = DevicePool(
         batch_size=b, n_kv_heads=hkv, n_slots=p, n_blocks=n, block_size=SIZE, head_dim=d, dtype=dtype,
         device=torch.device(DEVICE),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    store.rows.copy_(torch.randn(store.rows.shape, generator=generator))
+    for part, new in zip(store.parts, store.packed(torch.randn(store.rows.shape, generator=generator)), strict=True):
+        part.copy_(new)
     return store, pool, generator
 
 
@@ -92,13 +99,14 @@ def test_the_kernel_plans_what_the_oracle_plans(
 @settings(max_examples=10, phases=(Phase.explicit, Phase.generate))
 @given(
     st.integers(1, 3), st.integers(1, 3), st.sampled_from((4, 6, 16, 80)),
-    st.sampled_from((torch.float32, torch.float16)), st.sampled_from((1, 3, 32)), st.integers(0, 2**16),
+    st.sampled_from(DTYPES), st.sampled_from(("model", "int8")), st.sampled_from((1, 3, 32)), st.integers(0, 2**16),
 )  # fmt: skip
 def test_the_kernel_copies_exactly_what_is_listed(
-    b: int, hkv: int, d: int, dtype: torch.dtype, n_programs: int, seed: int
+    b: int, hkv: int, d: int, dtype: torch.dtype, store_dtype: StoreDtype, n_programs: int, seed: int
 ) -> None:
+    """In 8 bits: what PyTorch's arithmetic makes of it, bit for bit."""
     n, p, n_ahead = 12, 8, 4
-    store, pool, generator = make(b, hkv, n, p, d, dtype, seed)
+    store, pool, generator = make(b, hkv, n, p, d, dtype, seed, store_dtype)
     pool.slots.copy_(torch.randn(pool.slots.shape, generator=generator))
     transfers = ops.KernelTransfers(torch.device(DEVICE), n_programs)
     lens = torch.randint(1, 100, (b,), generator=generator)
@@ -113,27 +121,32 @@ def test_the_kernel_copies_exactly_what_is_listed(
         plan_step(
             pool, ids.to(DEVICE), scores.to(DEVICE), start.to(DEVICE), lens.to(DEVICE), n_ahead=n_ahead, waits_above=0.4
         )
-        slots, rows = pool.slots.cpu().clone(), store.rows.clone()
+        slots, parts = pool.slots.cpu().clone(), [x.clone() for x in store.parts]
         for at in ((row, head) for row in range(b) for head in range(hkv)):
             for position in range(int(start[at[0]]), int(lens[at[0]])):
                 block, token = divmod(position, SIZE)
-                rows[at][block, token] = slots[at][int(pool.slot_of_block[at][block]), token]
+                new = store.packed(slots[at][int(pool.slot_of_block[at][block]), token])
+                for part, x in zip(parts, new, strict=True):
+                    part[at][block, token] = x
             for k in range(int(pool.fetch_count[at])):
-                slots[at][int(pool.fetch_slot[at][k])] = rows[at][int(pool.fetch_block[at][k])]
+                arrived = store.unpacked(tuple(x[at][int(pool.fetch_block[at][k])] for x in parts))
+                slots[at][int(pool.fetch_slot[at][k])] = arrived
         transfers.start(store, pool, n_ahead, may_wait=True)
         transfers.join()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         assert torch.equal(pool.slots.cpu(), slots)
-        assert torch.equal(store.rows, rows)
+        assert all(torch.equal(*pair) for pair in zip(store.parts, parts, strict=True))
 
 
-def test_an_engine_by_kernels_does_what_one_by_copies_does() -> None:
+@pytest.mark.parametrize("store_dtype", ["model", "int8"])
+def test_an_engine_by_kernels_does_what_one_by_copies_does(store_dtype: StoreDtype) -> None:
     """A conversation in both: prompt, steps of one and of two tokens, crop, another chunk."""
     engines: list[LayerOffload] = []
     for kernels in (True, False):
-        store, pool, _ = make(2, 2, 12, 7, 8, torch.float32)
-        store.rows.zero_()
+        store, pool, _ = make(2, 2, 12, 7, 8, torch.float32, store_dtype=store_dtype)
+        for part in store.parts:
+            part.zero_()
         config = OffloadConfig(policy="corrected", missing_mass_bound=0.4)
         from flex_tls.offload.transfers import CopyTransfers, QueuedTransfers
 
@@ -174,7 +187,27 @@ def test_an_engine_by_kernels_does_what_one_by_copies_does() -> None:
         torch.testing.assert_close(first.pop("missing_mass"), second.pop("missing_mass"))
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert torch.equal(engines[0].pool.slots, engines[1].pool.slots)
-        assert torch.equal(engines[0].store.rows, engines[1].store.rows)
+        assert all(torch.equal(*pair) for pair in zip(*(engine.store.parts for engine in engines), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_append_kernel_writes_what_the_engine_writes(dtype: torch.dtype) -> None:
+    store, pool, generator = make(2, 2, 8, 6, 12, dtype, store_dtype="int8")
+    engine = LayerOffload(store, pool, OffloadConfig(), 2, ops.KernelTransfers(torch.device(DEVICE), 4))
+    start = torch.tensor([30, 63], device=DEVICE)
+    engine.open(start)
+    k, v = (torch.randn(2, 2, 2, 12, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    engine.append(k, v, start)
+    want = pool.slots.clone()
+    pool.slots.zero_()
+    engine.is_open = False
+    pool.drop_from(torch.zeros(2, dtype=torch.int64, device=DEVICE))
+    engine.open(start)
+    launch_append(
+        k, v, start, pool.slots[..., 0, :], pool.slots[..., 1, :], None, None, None, bits=8, pages=pool.slot_of_block,
+        int8=True,
+    )  # fmt: skip
+    assert torch.equal(pool.slots, want)
 
 
 def test_the_ops_are_registered_as_pytorch_wants_them() -> None:
@@ -188,9 +221,10 @@ def test_the_ops_are_registered_as_pytorch_wants_them() -> None:
         test_utils=checks,
     )  # fmt: skip
     lists = [getattr(pool, name) for name in ops._LISTS]
-    # On the device: opcheck works on copies, and a copy of pinned memory is not pinned
-    rows = store.rows.to(DEVICE)
-    torch.library.opcheck(
-        torch.ops.flex_tls.transfer_blocks.default, (rows, pool.slots, *lists, 1, 2, True), test_utils=checks
-    )
+    for store_dtype in ("model", "int8"):
+        store, _, _ = make(1, 2, 8, 6, 8, torch.float32, store_dtype=store_dtype)
+        # On the device: opcheck works on copies, and a copy of pinned memory is not pinned
+        scales = None if store.scales is None else store.scales.to(DEVICE)
+        arguments = (store.rows.to(DEVICE), scales, pool.slots, *lists, 1, 2, True)
+        torch.library.opcheck(torch.ops.flex_tls.transfer_blocks.default, arguments, test_utils=checks)
     torch.library.opcheck(torch.ops.flex_tls.join_transfers.default, (pool.slots,), test_utils=checks)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from flex_tls.offload import DevicePool, HostStore, LayerOffload, OffloadConfig
+from flex_tls.offload.config import StoreDtype
 from flex_tls.offload.transfers import QueuedTransfers
 from torch import Tensor
 
@@ -47,11 +48,12 @@ class Model:
 
 def make_engine(
     config: OffloadConfig, *, b: int = 2, hkv: int = 2, n_blocks: int = 12, n_slots: int = 6, d: int = 4,
-    n_ahead: int = 2, dtype: torch.dtype = torch.float32,
+    n_ahead: int = 2, dtype: torch.dtype = torch.float32, store_dtype: StoreDtype = "model",
 ) -> tuple[LayerOffload, QueuedTransfers]:  # fmt: skip
     store = HostStore(
-        batch_size=b, n_kv_heads=hkv, n_blocks=n_blocks, block_size=SIZE, head_dim=d, dtype=dtype, pinned=False
-    )
+        batch_size=b, n_kv_heads=hkv, n_blocks=n_blocks, block_size=SIZE, head_dim=d, dtype=dtype, pinned=False,
+        store_dtype=store_dtype,
+    )  # fmt: skip
     pool = DevicePool(
         batch_size=b, n_kv_heads=hkv, n_slots=n_slots, n_blocks=n_blocks, block_size=SIZE, head_dim=d, dtype=dtype,
         device=torch.device("cpu"),

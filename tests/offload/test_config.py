@@ -25,6 +25,7 @@ LAYOUT = {"n_layers": 3, "n_heads": 4, "n_blocks": 100, "kept_blocks": 10, "leas
         ({"gpu_fraction": 1.5}, "gpu_fraction: expected a share above 0 and at most 1, got 1.5"),
         ({"policy": "lazy"}, "policy: expected one of 'async', 'exact', 'corrected', got 'lazy'"),
         ({"transfer": "dma"}, "transfer: expected one of 'kernel', 'copy', got 'dma'"),
+        ({"store_dtype": "int4"}, "store_dtype: expected one of 'model', 'int8', got 'int4'"),
         ({"missing_mass_bound": -0.1}, "missing_mass_bound: expected a share between 0 and 1"),
         ({"transfer_programs": 0}, "transfer_programs: expected an integer of at least 1"),
         ({"policy": "exact", "attend_resident": True}, "attend_resident: expected False with policy='exact'"),

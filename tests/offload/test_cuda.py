@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from flex_tls.offload import DevicePool, HostStore, LayerOffload, OffloadConfig, make_transfers, ops
+from flex_tls.offload import DevicePool, HostStore, LayerOffload, OffloadConfig, RowReader, make_transfers, ops
 from flex_tls.offload.transfers import side_stream
 from torch import Tensor
 
@@ -25,7 +25,7 @@ def engine(config: OffloadConfig, n_tokens: int = 3000) -> LayerOffload:
     shape: dict[str, Any] = {
         "batch_size": B, "n_kv_heads": HKV, "n_blocks": N, "block_size": SIZE, "head_dim": D, "dtype": torch.bfloat16,
     }  # fmt: skip
-    store = HostStore(**shape, pinned=True)
+    store = HostStore(**shape, pinned=True, store_dtype=config.store_dtype)
     pool = DevicePool(**shape, n_slots=P, device=DEVICE)
     pool.slots.fill_(torch.nan)
     made = LayerOffload(store, pool, config, 1, make_transfers(DEVICE, config))
@@ -100,11 +100,14 @@ def captured(step: Step) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     return graph, out
 
 
-@pytest.mark.parametrize("policy", ["async", "exact", "corrected"])
+@pytest.mark.parametrize(
+    ("policy", "store_dtype"),
+    [("async", "model"), ("exact", "model"), ("corrected", "model"), ("async", "int8"), ("exact", "int8")],
+)
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-def test_a_captured_step_does_what_an_eager_one_does(policy: Any) -> None:
+def test_a_captured_step_does_what_an_eager_one_does(policy: Any, store_dtype: Any) -> None:
     """Without synchronising, and without asking the driver for memory."""
-    config = OffloadConfig(policy=policy, missing_mass_bound=0.3)
+    config = OffloadConfig(policy=policy, missing_mass_bound=0.3, store_dtype=store_dtype)
     want = eager(Step(engine(config)), 20)
     step = Step(engine(config))
     step.draw()
@@ -146,12 +149,13 @@ def test_slow_transfers_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
 
 
-def test_the_store_holds_every_token_after_the_join() -> None:
-    step = Step(engine(OffloadConfig()))
+@pytest.mark.parametrize("store_dtype", ["model", "int8"])
+def test_the_store_holds_every_token_after_the_join(store_dtype: Any) -> None:
+    step = Step(engine(OffloadConfig(store_dtype=store_dtype)))
     tokens: list[Tensor] = []
     for _ in range(70):
         step.draw()
-        tokens.append(step.k.clone())
+        tokens.append(step.layer.store.unpacked(step.layer.store.packed(step.k.clone())))
         step.run()
         step.layer.join()
         step.start += 1
@@ -159,9 +163,25 @@ def test_the_store_holds_every_token_after_the_join() -> None:
     assert torch.equal(step.layer.store.keys[:, :, 3000:3070], torch.cat(tokens, 2).cpu())
 
 
-def test_copies_do_what_the_kernel_does() -> None:
-    outs = [eager(Step(engine(OffloadConfig(transfer=way))), 12) for way in ("kernel", "copy")]  # type: ignore[arg-type]
+@pytest.mark.parametrize("store_dtype", ["model", "int8"])
+def test_copies_do_what_the_kernel_does(store_dtype: Any) -> None:
+    steps = [Step(engine(OffloadConfig(transfer=way, store_dtype=store_dtype))) for way in ("kernel", "copy")]  # type: ignore[arg-type]
+    outs = [eager(step, 12) for step in steps]
     assert all(torch.equal(*pair) for pair in zip(*outs, strict=True))
+    stores = [step.layer.store for step in steps]
+    assert all(torch.equal(*pair) for pair in zip(*(store.parts for store in stores), strict=True))
+
+
+@pytest.mark.parametrize("store_dtype", ["model", "int8"])
+def test_a_row_is_read_back_as_it_was_written(store_dtype: Any) -> None:
+    """What a prompt's next chunk attends to, and what an index is fitted on, in pieces."""
+    store = engine(OffloadConfig(store_dtype=store_dtype)).store
+    torch.cuda.synchronize()
+    pieces = [torch.stack(piece) for piece in RowReader(store, DEVICE, 700).read(store, 1, 3000)]
+    both = torch.stack((store.keys, store.values))
+    assert torch.equal(torch.cat(pieces, 2).cpu(), both[:, 1, :, :3000])
+    keys = torch.cat([x.clone() for x in store.read_keys(3000, 700, DEVICE)], 2)
+    assert torch.equal(keys.cpu(), store.keys[:, :, :3000])
 
 
 def test_plan_fork_and_join_trace_into_one_graph() -> None:
@@ -191,12 +211,22 @@ def test_plan_fork_and_join_trace_into_one_graph() -> None:
     assert torch.equal((ids < N).sum(-1, dtype=torch.int32), counts)
 
 
-@pytest.mark.parametrize("offload", [OffloadConfig(policy="exact"), OffloadConfig(policy="exact", transfer="copy")])
-def test_generate_with_offload_gives_the_tokens_without(offload: OffloadConfig) -> None:
-    """Left-padded rows, a prompt in chunks over a streamed past, another turn; float32."""
+@pytest.mark.parametrize(
+    ("reference", "offload"),
+    [
+        (None, OffloadConfig(policy="exact")),
+        (None, OffloadConfig(policy="exact", transfer="copy")),
+        (OffloadConfig(policy="exact", gpu_blocks=14, transfer="copy", store_dtype="int8"),
+         OffloadConfig(policy="exact", gpu_blocks=6, store_dtype="int8")),
+    ],
+)  # fmt: skip
+def test_generate_with_offload_gives_the_tokens_without(
+    reference: OffloadConfig | None, offload: OffloadConfig
+) -> None:
+    """Left-padded rows, a prompt in chunks over a streamed past, another turn; float32. In 8 bits: a larger pool."""
     model, inputs = make("qwen3").to(DEVICE), {name: x.to(DEVICE) for name, x in prompts(90, 41).items()}
     outs = []
-    for each in (None, offload):
+    for each in (reference, offload):
         cache = tls.TLSCache(model.config, SPARSE, batch_size=2, max_len=220, backend="flex", offload=each)
         tls.enable(model)
         with torch.no_grad():

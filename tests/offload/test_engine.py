@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from flex_tls.offload import OffloadConfig
+from flex_tls.offload.config import StoreDtype
+from flex_tls.offload.int8 import dequantised, quantised
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
@@ -19,11 +21,14 @@ class EngineMachine(RuleBasedStateMachine):
     """Append, select, fetch, evict, crop, reorder, later turns; a transfer may run at any moment before its join."""
 
     @initialize(
-        policy=st.sampled_from(("async", "exact", "corrected")), resident=st.booleans(), n_slots=st.integers(5, N)
-    )
-    def begin(self, policy: str, resident: bool, n_slots: int) -> None:
+        policy=st.sampled_from(("async", "exact", "corrected")), resident=st.booleans(), n_slots=st.integers(5, N),
+        store_dtype=st.sampled_from(("model", "int8")),
+    )  # fmt: skip
+    def begin(self, policy: str, resident: bool, n_slots: int, store_dtype: StoreDtype) -> None:
         config = OffloadConfig(policy=policy, attend_resident=resident and policy != "exact", missing_mass_bound=0.3)  # type: ignore[arg-type]
-        self.engine, self.transfers = make_engine(config, b=B, hkv=HKV, n_blocks=N, n_slots=n_slots, d=D, n_ahead=AHEAD)
+        self.engine, self.transfers = make_engine(
+            config, b=B, hkv=HKV, n_blocks=N, n_slots=n_slots, d=D, n_ahead=AHEAD, store_dtype=store_dtype
+        )
         self.pool, self.config, self.n_slots = self.engine.pool, config, n_slots
         self.keys, self.values = (torch.zeros(B, HKV, CAPACITY, D) for _ in range(2))
         self.lens = [0] * B
@@ -33,15 +38,22 @@ class EngineMachine(RuleBasedStateMachine):
 
     def new(self, t: int) -> tuple[Tensor, Tensor]:
         k, v = (torch.randn(B, HKV, t, D, generator=self.generator) for _ in range(2))
-        for b, n in enumerate(self.lens):
-            self.keys[b, :, n : n + t], self.values[b, :, n : n + t] = k[b, :, : CAPACITY - n], v[b, :, : CAPACITY - n]
+        int8 = self.engine.store.scales is not None
+        self.held = [dequantised(*quantised(x), x.dtype) if int8 else x for x in (k, v)]
+        for whole, new in zip((self.keys, self.values), self.held, strict=True):
+            for b, n in enumerate(self.lens):
+                whole[b, :, n : n + t] = new[b, :, : CAPACITY - n]
         return k, v
+
+    def check_held(self, returned: tuple[Tensor, Tensor]) -> None:
+        """What the layer goes on with is what the store holds."""
+        assert all(torch.equal(*pair) for pair in zip(returned, self.held, strict=True))
 
     @rule(t=st.integers(1, 60))
     def read_a_chunk(self, t: int) -> None:
         t = min(t, CAPACITY - max(self.lens))
         if t:
-            self.engine.write(*self.new(t), self.lens, [t] * B)
+            self.check_held(self.engine.write(*self.new(t), self.lens, [t] * B))
             for (b, _), model in self.models.items():
                 model.drop_from(self.lens[b] // SIZE)
             self.lens = [n + t for n in self.lens]
@@ -59,7 +71,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.transfers.run(early)
         start = torch.tensor(self.lens)
         engine.join()
-        engine.append(*self.new(t), start)
+        self.check_held(engine.append(*self.new(t), start))
         self.lens = [n + t for n in self.lens]
         room = self.engine.selected_at_most
         width = max(1, room // t)
