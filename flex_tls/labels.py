@@ -274,7 +274,8 @@ def _root(moment: Tensor) -> Tensor:
     trace = moment.diagonal(dim1=-1, dim2=-2).sum(-1)[..., None, None]
     unit = torch.where(trace > 0, moment / trace.clamp_min(torch.finfo(torch.float32).tiny) * d, eye)
     # _ex: cholesky alone would wait for the device to say that nothing failed; nothing can, with 1e-4 on the diagonal
-    return torch.linalg.cholesky_ex(unit + 1e-4 * eye).L
+    root: Tensor = torch.linalg.cholesky_ex(unit + 1e-4 * eye).L
+    return root
 
 
 # From the moments of keys and queries and the number of channels to what keys and queries are multiplied with
