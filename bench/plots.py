@@ -73,7 +73,7 @@ def draw_all(rows: Sequence[Row], path: Path) -> list[Path]:
     pictures: list[tuple[str, Callable[[], Figure]]] = []
     models = dict.fromkeys(_model(row) for row in rows)
     for model in models:
-        mine = [row for row in rows if _model(row) == model]
+        mine = [row for row in rows if _model(row) == model and not _other_blocks(row)]
         usual = [row for row in mine if not _other_budgets(row)]
         swept = [b for b in PANEL_BATCH_SIZES if len({row.S for row in usual if b == row.B}) > 2]
         if swept:
@@ -239,6 +239,11 @@ def _model(row: Row) -> str:
 def _other_budgets(row: Row) -> bool:
     """Whether the case is of the sweep of budgets: its name ends in them."""
     return row.case.endswith(f"-{row.block_budget}-{row.token_budget}")
+
+
+def _other_blocks(row: Row) -> bool:
+    """Whether the case is of the suite of block sizes, which no curve is over: its name ends in them."""
+    return row.case.endswith(f"-block{row.block_size}")
 
 
 def _shape(row: Row) -> str:

@@ -6,7 +6,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
+from bench import plots
 from bench.__main__ import main
 from bench.plots import draw_all, table
 from bench.rows import Row, append, latest, read
@@ -110,6 +112,23 @@ def test_pictures_are_drawn_from_rows(tmp_path: Path, suffix: str) -> None:
         paths = draw_all(rows, tmp_path / f"picture{suffix}")
         assert [path.name for path in paths] == [f"picture{ending}{suffix}" for ending in endings]
         assert all(path.stat().st_size > 5000 for path in paths)
+
+
+def test_no_curve_mixes_block_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        vary(case=f"qwen3-8b-b1-{s}{end}", B=1, S=s, block_size=size)
+        for end, size in (("", 32), ("-block64", 64))
+        for s in (8192, 16384, 98304)
+    ]
+    drawn: list[Row] = []
+
+    def lengths(rows: list[Row], batch_sizes: list[int]) -> Figure:
+        drawn.extend(rows)
+        return Figure()
+
+    monkeypatch.setattr(plots, "_lengths", lengths)
+    draw_all(rows, tmp_path / "picture.svg")
+    assert drawn == rows[:3]
 
 
 def test_the_table_compares_with_the_best_dense_kernel_of_the_case() -> None:
