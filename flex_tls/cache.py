@@ -87,6 +87,11 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
                 )
             sparse = [i for i in range(shape.n_layers) if not self.cfg.is_dense(i)]
             self._shared.auditor = Auditor(sparse, audit_every, on_drift, least_mass)
+        if offload is not None and self.cfg.sparse_from_tokens:
+            raise ValueError(
+                f"sparse_from_tokens: expected 0 with offload, got {self.cfg.sparse_from_tokens}; dense attention "
+                "would read a layer's whole host memory in every step"
+            )
         self._dtype = dtype
         self._device = None if device is None else torch.device(device)
         # Steps that flex_tls.decode compiled, each of which holds its model; they live as long as the buffers they read

@@ -168,8 +168,10 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             return f"dense_layers={cfg.dense_layers}: this layer stays dense"
         if n_new > cfg.sparse_query_tokens:
             return f"{n_new:,} query tokens, more than sparse_query_tokens={cfg.sparse_query_tokens}"
-        if reach <= cfg.dense_up_to_tokens:
+        if reach <= cfg.held_tokens:
             return f"the budgets hold all {reach:,} tokens that a query sees"
+        if reach <= cfg.dense_up_to_tokens:
+            return f"{reach:,} tokens in sight, fewer than sparse_from_tokens={cfg.sparse_from_tokens:,}"
         return None
 
     def reach(self, longest: int) -> int:

@@ -41,6 +41,9 @@ class TLSConfig:
         dense_layers: layers of a model that stay dense: how many of the first, or which ones (used by ``TLSCache``, not
             by the operator).
         sparse_query_tokens: chunks of more query tokens than this attend densely in a model (prefill).
+        sparse_from_tokens: contexts of fewer tokens attend densely in a model, whatever the budgets; in short ones
+            reading everything is faster (up to some 30,000 tokens at batch size 1 on an H100; docs/design.md). Used by
+            ``TLSCache``, without offload.
     """
 
     block_size: int = 32
@@ -58,6 +61,7 @@ class TLSConfig:
     group_reduce: GroupReduce = "softmax_mean"
     dense_layers: int | tuple[int, ...] = 2
     sparse_query_tokens: int = 16
+    sparse_from_tokens: int = 0
 
     def __post_init__(self) -> None:
         self._choice("block_size", (16, 32, 64, 128))
@@ -71,6 +75,7 @@ class TLSConfig:
         self._at_least("label_dims", 1)
         self._check_dense_layers()
         self._at_least("sparse_query_tokens", 1)
+        self._at_least("sparse_from_tokens", 0)
         per_word = 32 // self.label_bits
         if self.filter_dims is not None and (
             not 1 <= self.filter_dims <= self.label_dims or self.filter_dims % per_word
@@ -113,10 +118,15 @@ class TLSConfig:
         return self.block_budget // self.block_size
 
     @property
-    def dense_up_to_tokens(self) -> int:
+    def held_tokens(self) -> int:
         """Longest context of which the budgets drop nothing, so that dense attention gives the same result."""
         held = self.kept_blocks * self.block_size
         return held if self.token_budget is None else min(held, self.token_budget)
+
+    @property
+    def dense_up_to_tokens(self) -> int:
+        """Longest context that attends densely in a model: held by the budgets, or below ``sparse_from_tokens``."""
+        return max(self.held_tokens, self.sparse_from_tokens - 1)
 
     def is_dense(self, layer: int) -> bool:
         """Whether this layer of a model stays dense."""

@@ -162,7 +162,7 @@ def _plan(layer: TLSLayer, cache: TLSCache, context: int, device: torch.device, 
     sparse = why is None
     runs: str | None = "sdpa"
     if why is None:
-        why = f"{reach:,} tokens in sight, the budgets hold {cfg.dense_up_to_tokens:,}"
+        why = f"{reach:,} tokens in sight, the budgets hold {cfg.held_tokens:,}"
         q = torch.empty(1, 1, 1, cache.shape.head_dim, dtype=cache.dtype, device=device)
         obstacle = why_not_fused(q, q, q, cfg, has_mods=layer.window is not None, scale=1.0)
         if isinstance(layer, OffloadedLayer):
@@ -179,7 +179,7 @@ def _plan(layer: TLSLayer, cache: TLSCache, context: int, device: torch.device, 
         # A context that the budgets hold is selected whole
         kernels = (APPEND, FUSED, *OFFLOAD, FUSED)
     return LayerPlan(
-        (layer.layer_idx,), sparse, why, cfg.dense_up_to_tokens if sparse else reach, runs, kernels if compiled else ()
+        (layer.layer_idx,), sparse, why, cfg.held_tokens if sparse else reach, runs, kernels if compiled else ()
     )
 
 

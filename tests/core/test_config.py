@@ -41,6 +41,8 @@ def test_the_configuration_is_frozen() -> None:
 def test_the_longest_context_that_loses_nothing() -> None:
     assert tls.TLSConfig().dense_up_to_tokens == 1024
     assert tls.TLSConfig(token_budget=None).dense_up_to_tokens == 8192
+    assert tls.TLSConfig(sparse_from_tokens=30_000).dense_up_to_tokens == 29_999
+    assert tls.TLSConfig(sparse_from_tokens=30_000).held_tokens == 1024
 
 
 def test_importing_the_package_needs_torch_alone_and_patches_nothing() -> None:

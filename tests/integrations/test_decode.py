@@ -88,6 +88,26 @@ def test_the_compiled_step_generates_the_same(family: str, lens: tuple[int, ...]
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_short_contexts_attend_densely_until_they_are_long_enough(device: str) -> None:
+    """Compiled as eager; and as long as it is dense, as sdpa."""
+    model = make("qwen3").to(device)
+    inputs = {name: x.to(device) for name, x in prompts(90).items()}
+    full = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert not torch.equal(transformers_output(model, cache_for(model, 1), 12, **inputs), full)
+    for until, equal in ((96, False), (1000, True)):
+        cfg = dataclasses.replace(SPARSE, sparse_from_tokens=until)
+        want = transformers_output(model, cache_for(model, 1, cfg=cfg), 12, **inputs)
+        got = tls.generate(model, inputs["input_ids"], cache=cache_for(model, 1, cfg=cfg), max_new_tokens=12,
+                           compiled=True)  # fmt: skip
+        assert torch.equal(got, want)
+        assert torch.equal(got, full) or not equal
+        assert torch.equal(got[:, :96], full[:, :96])
+    layer: Any = cache_for(model, 1, cfg=cfg).layers[1]
+    assert layer.why_dense(1, 90) == "90 tokens in sight, fewer than sparse_from_tokens=1,000"
+    assert layer.why_dense(1, 1000) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_a_later_turn_and_another_prompt_compile_nothing(device: str, capfd: pytest.CaptureFixture[str]) -> None:
     model = make("qwen3").to(device)
     cache = cache_for(model, 1)
