@@ -210,9 +210,7 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r"offload: expected a layer with full attention besides dense_layers=1, got none"
     ):
         cache_for(make("mistral, window"), EXACT)
-    with pytest.raises(
-        ValueError, match=r"sparse_from_tokens: expected 0 with offload, got 500; dense attention"
-    ):
+    with pytest.raises(ValueError, match=r"sparse_from_tokens: expected 0 with offload, got 500; dense attention"):
         cache_for(model, EXACT, cfg=dataclasses.replace(SPARSE, sparse_from_tokens=500))
     with pytest.raises(BackendUnavailable, match="read no pool of block slots"):
         cache_for(model, EXACT, backend="triton")
