@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import cases, model_commands, rows
+from . import cases, model_commands, options, rows
 from .plots import table
 
 ROWS = rows.ROOT / "bench" / "results" / "operator.jsonl"
@@ -280,45 +280,38 @@ def _parser() -> argparse.ArgumentParser:
     operator.add_argument(
         "--repeat-inputs", action="store_true", help="one input set, served from L2 where it fits; rows say so"
     )
-    operator.add_argument("--split-kv", type=_numbers, default=[], help="also time flex with these splits: 8,16,32,64")
+    operator.add_argument(
+        "--split-kv", type=options.numbers, default=[], help="also time flex with these splits: 8,16,32,64"
+    )
     operator.add_argument("--runs", type=int, help="samples per provider and case, at least 2 (default 50, quick 5)")
-    operator.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    operator.add_argument("--quick", action="store_true", help="tiny shapes: every line runs, no figure means anything")
-    operator.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
-    operator.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
+    options.add_machine(operator, quick=True)
     operator.set_defaults(command=run_operator)
     index = run.add_parser("index", help="building and growing the index")
     index.add_argument("--cases", help="names or patterns, comma-separated, such as 'qwen3-8b-b1-*'")
     index.add_argument("--runs", type=int, default=50, help="samples per provider, at least 2")
-    index.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    index.add_argument("--quick", action="store_true", help="tiny shapes: every line runs, no figure means anything")
     index.add_argument("--out", type=Path, help="rows file, appended to (default bench/results/index.jsonl)")
-    index.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
-    index.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
+    options.add_machine(index, quick=True)
     index.set_defaults(command=run_index)
     offload = run.add_parser("offload", help="the offload engine: link, overlap, steps with real locality, quality")
     offload.add_argument("--parts", default="link,overlap,steps", help=",".join(OFFLOAD_PARTS))
-    offload.add_argument("--batch", type=_numbers, default=[1, 4], help="steps: batch sizes")
+    offload.add_argument("--batch", type=options.numbers, default=[1, 4], help="steps: batch sizes")
     offload.add_argument("--context", type=int, default=98304, help="steps: tokens cached")
     offload.add_argument("--tokens", type=int, default=6144, help="quality: tokens of each text")
-    offload.add_argument("--pool", type=_shares, default=[2.0], help="slots in block budgets; quality: several, 1.1,2")
+    offload.add_argument(
+        "--pool", type=options.shares, default=[2.0], help="slots in block budgets; quality: several, 1.1,2"
+    )
     offload.add_argument("--runs", type=int, default=20, help="samples per provider, at least 2")
-    offload.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    offload.add_argument("--quick", action="store_true", help="tiny shapes: every line runs, no figure means anything")
     offload.add_argument("--out", type=Path, help="rows file, appended to (default bench/results/offload.jsonl)")
-    offload.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
-    offload.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
+    options.add_machine(offload, quick=True)
     offload.set_defaults(command=run_offload)
     synthetic = run.add_parser("synthetic", help="what selections catch of planted attention, up to 256k tokens")
-    synthetic.add_argument("--context", type=_numbers, default=[16384, 32768, 65536, 131072, 262144])
+    synthetic.add_argument("--context", type=options.numbers, default=[16384, 32768, 65536, 131072, 262144])
     synthetic.add_argument("--block-budget", type=int, default=8192)
     synthetic.add_argument("--token-budget", type=int, default=1024)
     synthetic.add_argument("--kv-heads", type=int, default=2)
     synthetic.add_argument("--seeds", type=int, default=3)
-    synthetic.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
     synthetic.add_argument("--out", type=Path, default=ROWS.with_name("synthetic.jsonl"))
-    synthetic.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
-    synthetic.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
+    options.add_machine(synthetic, device="cpu")
     synthetic.set_defaults(command=run_synthetic)
     tune = commands.add_parser("tune", help="search settings, write their table").add_subparsers(required=True)
     tuning = tune.add_parser("operator", help="the fused kernel's tiles, by shape")
@@ -326,19 +319,16 @@ def _parser() -> argparse.ArgumentParser:
     tuning.add_argument("--coordinates", default="*", help="settings to vary: names or patterns, comma-separated")
     tuning.add_argument("--seconds", type=float, help="stop before a trial that would likely end later than this")
     tuning.add_argument("--runs", type=int, help="samples per setting, at least 2 (default 50, quick 5)")
-    tuning.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    tuning.add_argument("--quick", action="store_true", help="tiny shapes: every line runs, no figure means anything")
     tuning.add_argument("--out", type=Path, help="table, changed where measured (default the package's own)")
     tuning.add_argument("--rows", type=Path, help="rows file, appended to (default bench/results/tune.jsonl)")
-    tuning.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
-    tuning.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
+    options.add_machine(tuning, quick=True)
     tuning.set_defaults(command=tune_operator)
     plot = commands.add_parser("plot", help="draw rows").add_subparsers(required=True)
     drawing = plot.add_parser("operator", help="times by provider, over S and over budgets")
     drawing.add_argument("--rows", type=Path, default=ROWS)
     drawing.add_argument("--out", type=Path, help="first picture, .svg or .png; others beside it")
     drawing.set_defaults(command=plot_operator)
-    model_commands.add(run, plot, _numbers)
+    model_commands.add(run, plot)
     texts = commands.add_parser("corpus", help="fetch the texts that accuracy is measured on")
     texts.add_argument("--out", type=Path, default=rows.ROOT / "out" / "texts")
     texts.set_defaults(command=corpus)
@@ -350,14 +340,6 @@ def _parser() -> argparse.ArgumentParser:
     reported.add_argument("--out", type=Path, default=rows.ROOT / "docs" / "report.md")
     reported.set_defaults(command=report)
     return parser
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
-
-
-def _shares(text: str) -> list[float]:
-    return [float(part) for part in text.split(",") if part]
 
 
 def _matching(patterns: str, known: Mapping[str, object], what: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,12 @@ class Case:
     def kept_blocks(self) -> int:
         """K."""
         return self.block_budget // self.block_size
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a row says of the case."""
+        shape = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        return {**shape, "case": self.name, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def config(self, **options: Any) -> tls.TLSConfig:
         """The case's budgets as a configuration of ours."""

@@ -57,9 +57,7 @@ def measure(case: Case, device: torch.device, machine: Machine, runs: int, bytes
     floors = {"append": one_token + labels.to_code.nbytes}
     return [
         Row(
-            bench="index", case=case.name, B=case.B, HQ=case.HQ, HKV=case.HKV, D=case.D, S=case.S,
-            block_size=case.block_size, block_budget=case.block_budget, token_budget=case.token_budget,
-            dtype=str(case.dtype).removeprefix("torch."), provider=name,
+            bench="index", **case.fields, provider=name,
             stage={"append": "append", "fit": "fit"}.get(name, "build"), inputs="repeated",
             floor_us=floors.get(name, k.nbytes) / bytes_per_us,
             rel_error=code_error(labels, calls[name]()[..., : case.S], k) if name in calls else 0.0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +13,34 @@ import torch
 
 import flex_tls as tls
 
-from . import rows
+from . import options, rows
 from .models import SIZES, random_model, weight_bytes
 
 RESULTS = rows.ROOT / "bench" / "results"
 
 
-def add(run: Any, plot: Any, numbers: Callable[[str], list[int]]) -> None:
+def add(run: Any, plot: Any) -> None:
     """Add the commands below ``run`` and ``plot``."""
     decode = run.add_parser("decode", help="one step of a whole model, random weights, by every provider")
-    decode.add_argument("--contexts", type=numbers, default=[98304], help="tokens cached: 256,8192,98304")
+    decode.add_argument("--contexts", type=options.numbers, default=[98304], help="tokens cached: 256,8192,98304")
     decode.add_argument("--runs", type=int, default=50, help="samples per provider and case, at least 2")
     decode.add_argument("--profile", action="store_true", help="also where the time of our steps goes, on CUDA")
     decode.set_defaults(command=run_decode)
     prefill = run.add_parser("prefill", help="reading a prompt, random weights, by every provider")
-    prefill.add_argument("--contexts", type=numbers, default=[98304], help="tokens of the prompt: 8192,98304")
+    prefill.add_argument("--contexts", type=options.numbers, default=[98304], help="tokens of the prompt: 8192,98304")
     prefill.add_argument("--runs", type=int, default=3, help="samples per provider and case, at least 2")
     prefill.set_defaults(command=run_prefill)
     for name, parser in (("decode", decode), ("prefill", prefill)):
         parser.add_argument("--model", choices=tuple(SIZES), default="qwen3-8b")
         parser.add_argument("--layers", type=int, help="fewer layers than the model has, to save time")
-        parser.add_argument("--batch", type=numbers, default=[1], help="batch sizes: 1,2,4")
+        parser.add_argument("--batch", type=options.numbers, default=[1], help="batch sizes: 1,2,4")
         parser.add_argument("--providers", help="comma-separated; see bench/README.md")
         parser.add_argument("--block-budget", type=int, default=8192)
         parser.add_argument("--token-budget", type=int, default=1024)
         parser.add_argument("--seconds", type=float, help="stop before a case that would likely end later than this")
         parser.add_argument("--resume", action="store_true", help="leave out what --out has rows of, same commit")
-        parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
         parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.jsonl")
-        parser.add_argument("--commit", help="for a checkout without git's history; asked of git by default")
-        parser.add_argument("--dirty", action="store_true", help="with --commit: the tree differs from that commit")
+        options.add_machine(parser)
     drawing = plot.add_parser("decode", help="steps over the context, prompts, and where a step's time goes")
     drawing.add_argument(
         "--rows", type=Path, default=RESULTS / "decode.jsonl", help="prefill.jsonl and stages beside it"

@@ -85,16 +85,7 @@ def run_case(
             continue
         row = Row(
             bench="operator",
-            case=case.name,
-            B=case.B,
-            HQ=case.HQ,
-            HKV=case.HKV,
-            D=case.D,
-            S=case.S,
-            block_size=case.block_size,
-            block_budget=case.block_budget,
-            token_budget=case.token_budget,
-            dtype=str(case.dtype).removeprefix("torch."),
+            **case.fields,
             provider=name,
             stage=provider.stage,
             inputs="repeated" if repeat_inputs else "rotated",

@@ -59,8 +59,8 @@ class Measured:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row(Measured):
-    """One provider's time in one case. B, HQ, HKV, D, S as in docs/design.md; budgets in tokens per KV head."""
+class CaseRow(Measured):
+    """A time in one case. B, HQ, HKV, D, S as in docs/design.md; budgets in tokens per KV head."""
 
     HQ: int
     HKV: int
@@ -70,19 +70,25 @@ class Row(Measured):
     block_budget: int
     token_budget: int | None
     dtype: str
-    # "attention": the selection is given; "total": it is part of what is timed
-    stage: str
     median_us: float
     p10_us: float
     p90_us: float
-    # "rotated": no call is served from cache; "repeated": every call has the same inputs, in L2 where they fit
-    inputs: str
     # Samples behind the three figures; one sample is one replay of a graph, see timing.py
     runs: int
-    # Fewest bytes that the task must read, over the read bandwidth measured in the same run
-    floor_us: float
     # ||out - ref|| / ||ref||, ref in float64 over the same tokens; the worst of the input sets
     rel_error: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row(CaseRow):
+    """One provider's time."""
+
+    # "attention": the selection is given; "total": it is part of what is timed
+    stage: str
+    # "rotated": no call is served from cache; "repeated": every call has the same inputs, in L2 where they fit
+    inputs: str
+    # Fewest bytes that the task must read, over the read bandwidth measured in the same run
+    floor_us: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,25 +143,12 @@ class StageRow(Measured):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TuneRow(Measured):
+class TuneRow(CaseRow):
     """One setting of the fused kernel in one comparison. ``provider``: "rule", or where the setting differs from it."""
 
-    HQ: int
-    HKV: int
-    D: int
-    S: int
-    block_size: int
-    block_budget: int
-    token_budget: int | None
-    dtype: str
     # What was compared, "table", a coordinate or "confirm": a case's settings of one step were replayed in turn
     step: str
     tiles: dict[str, int]
-    median_us: float
-    p10_us: float
-    p90_us: float
-    runs: int
-    rel_error: float
 
 
 class Machine(NamedTuple):

@@ -239,16 +239,7 @@ def _under(tiles: Tiles, call: Call) -> Tensor:
 def _row(case: Case, machine: rows.Machine, step: str, name: str, trial: Trial, spread: Spread) -> rows.TuneRow:
     return rows.TuneRow(
         bench="tune",
-        case=case.name,
-        B=case.B,
-        HQ=case.HQ,
-        HKV=case.HKV,
-        D=case.D,
-        S=case.S,
-        block_size=case.block_size,
-        block_budget=case.block_budget,
-        token_budget=case.token_budget,
-        dtype=str(case.dtype).removeprefix("torch."),
+        **case.fields,
         provider=name,
         step=step,
         tiles=trial.tiles._asdict(),

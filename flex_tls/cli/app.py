@@ -23,7 +23,7 @@ from ..explanation import explain
 from ..offload import OffloadConfig
 from .compare import compare
 from .evaluate import eval_app
-from .options import config, load_model, load_shape, offload_config, pick_device
+from .options import BlockSize, config, load_model, load_shape, offload_config, pick_device
 from .plan import make_plan, print_plan
 from .plot import plot_record
 from .report import hardware, print_comparison, print_offload, reported
@@ -36,7 +36,6 @@ app.add_typer(eval_app, name="eval")
 NewTokens = Annotated[int, typer.Option(min=2, help="Tokens to decode.")]
 BlockBudget = Annotated[str, typer.Option(help="Level 1: tokens kept as blocks; a count, or a share as 1/4.")]
 TokenBudget = Annotated[str, typer.Option(help="Level 2: tokens kept inside them; a count, a share, or 'all'.")]
-BlockSize = Annotated[int, typer.Option(help="Tokens per block: 16, 32, 64 or 128.")]
 StoreDtypeName = Annotated[str, typer.Option("--store-dtype", help="With --offload: the host holds model or int8.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw kept mass and block map into this PNG or SVG.")]

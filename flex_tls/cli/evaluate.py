@@ -22,7 +22,6 @@ from .evaluate_common import (
     DEFAULT_METHODS,
     BackendName,
     BlockBudgets,
-    BlockSize,
     Commit,
     Device,
     Dtype,
@@ -40,6 +39,7 @@ from .evaluate_common import (
     write_summary,
 )
 from .evaluate_retrieval import retrieval, tasks
+from .options import BlockSize
 from .plot import plot_accuracy
 from .report import print_ppl, reported
 

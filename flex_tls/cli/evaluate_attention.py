@@ -19,7 +19,6 @@ from ..model_config import read_model_config
 from .evaluate_common import (
     BackendName,
     BlockBudgets,
-    BlockSize,
     Commit,
     Device,
     Dtype,
@@ -35,6 +34,7 @@ from .evaluate_common import (
     progress_bar,
     write_summary,
 )
+from .options import BlockSize
 from .report import print_attention, reported
 
 

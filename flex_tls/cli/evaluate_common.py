@@ -38,7 +38,6 @@ DEFAULT_METHODS = "ours,window,quest,oracle"
 
 BlockBudgets = Annotated[str, typer.Option("--block-budget", help="Counts or shares, comma-separated: 1/4,1/8.")]
 TokenBudgets = Annotated[str, typer.Option("--token-budget", help="As many, or 'all': 1/8,1/16.")]
-BlockSize = Annotated[int, typer.Option(help="Tokens per block: 16, 32, 64 or 128.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 BackendName = Annotated[

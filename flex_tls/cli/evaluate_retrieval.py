@@ -22,7 +22,6 @@ from .evaluate_common import (
     DEFAULT_METHODS,
     BackendName,
     BlockBudgets,
-    BlockSize,
     Commit,
     Device,
     Dtype,
@@ -38,6 +37,7 @@ from .evaluate_common import (
     progress_bar,
     write_summary,
 )
+from .options import BlockSize
 from .report import print_retrieval, reported
 
 

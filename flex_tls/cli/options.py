@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -11,6 +11,8 @@ import typer
 from ..config import TLSConfig
 from ..offload import OffloadConfig
 from .weights import load_smollm2
+
+BlockSize = Annotated[int, typer.Option(help="Tokens per block: 16, 32, 64 or 128.")]
 
 
 def budget(text: str, context: int, name: str) -> int:
