@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import jsonl
+from ..config import TLSConfig
 
 Key = tuple[str, ...]
 
@@ -171,5 +172,11 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: a line that is no row; names it.
     """
-    expected = "expected a row of flex-tls eval; use another --out"
-    return jsonl.read(path, lambda found: KINDS[found["eval"]](**found), expected)
+    return jsonl.read(path, _row, "expected a row of flex-tls eval; use another --out")
+
+
+def _row(found: dict[str, Any]) -> Row:
+    if found["config"] is not None:
+        # Fields that came later are at their defaults, which change nothing: rows from before and after are of one kind
+        found["config"] = {**dataclasses.asdict(TLSConfig()), **found["config"]}
+    return KINDS[found["eval"]](**found)

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flex_tls import TLSConfig
 from flex_tls.evaluate import rows
 from flex_tls.evaluate.summary import summarise_ppl, summarise_retrieval
 
@@ -22,7 +24,7 @@ def ppl_row(digest: str, method: str = "dense", kl: float = 0.0, nll: float = 1.
     )  # fmt: skip
 
 
-def retrieval_row(digest: str, score: float, config: dict[str, int] | None) -> rows.AnswerRow:
+def retrieval_row(digest: str, score: float, config: dict[str, Any] | None) -> rows.AnswerRow:
     return rows.AnswerRow(
         eval="retrieval", **COMMON, method="dense" if config is None else "ours", config=config, digest=digest,
         task="single", length_tokens=100, prompt_tokens=99, depth=None, seed=0, template="", references=["1"],
@@ -32,11 +34,16 @@ def retrieval_row(digest: str, score: float, config: dict[str, int] | None) -> r
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "rows.jsonl"
-    first, second = ppl_row("a"), retrieval_row("b", 0.5, {"block_budget": 64})
+    whole = dataclasses.asdict(TLSConfig(block_budget=4096))
+    first, second = ppl_row("a"), retrieval_row("b", 0.5, whole)
     rows.append(path, [first])
     rows.append(path, [second])
     assert rows.read(path) == [first, second]
     assert rows.read(tmp_path / "none.jsonl") == []
+    # From before a field was there
+    older = {name: value for name, value in whole.items() if name != "sparse_from_tokens"}
+    rows.append(path, [retrieval_row("b", 0.5, older)])
+    assert rows.read(path)[2] == second
 
 
 def test_an_interrupted_write_costs_its_own_row_alone(tmp_path: Path) -> None:
