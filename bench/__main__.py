@@ -228,6 +228,9 @@ def plot_operator(args: argparse.Namespace) -> int:
     found = rows.latest(row for row in rows.read(args.rows) if row.bench == "operator")
     if not found:
         raise ValueError(f"rows: {args.rows} holds none of the operator bench; run `python -m bench run operator`")
+    # Of a case as it is now: its name may have meant another block size once
+    known = {name: case.block_size for name, case in cases.CASES.items()}
+    found = [row for row in found if row.block_size == known.get(row.case, row.block_size)]
     # One picture, one machine: that of the newest row
     gpu = max(found, key=lambda row: row.date).gpu
     found = [row for row in found if row.gpu == gpu]

@@ -288,6 +288,8 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     ) -> TLSCache:
         """The cache that :meth:`save` wrote, with or without offload and in any ``store_dtype``, however it was saved.
 
+        With offload ``sparse_from_tokens`` is 0, whatever it was.
+
         Args:
             path: the folder.
             model_config: of the same model.
@@ -298,8 +300,11 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
             ValueError: another model, no such folder, a damaged file; says which.
         """
         found = saved.describe(path)
+        cfg = saved.config_of(found)
+        if offload is not None:
+            cfg = replace(cfg, sparse_from_tokens=0)
         cache = cls(
-            model_config, saved.config_of(found), batch_size=found["batch_size"], max_len=max_len or found["max_len"],
+            model_config, cfg, batch_size=found["batch_size"], max_len=max_len or found["max_len"],
             dtype=getattr(torch, found["dtype"]), device=device, backend=backend, offload=offload,
         )  # fmt: skip
         if cache.max_len < found["columns"]:

@@ -134,7 +134,8 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         """Attention of the step's queries q [B, HQ, T, D], after :meth:`update`; the last layer ends the step.
 
         A prompt attends densely and its index is built; so do chunks of more than ``sparse_query_tokens`` queries,
-        ``dense_layers``, and contexts that the budgets hold whole. All else is two-level attention.
+        ``dense_layers``, and contexts that the budgets hold whole or ``sparse_from_tokens`` is above. All else is
+        two-level attention.
         """
         step, progress = self._step, self.shared.progress
         if step is None or step is not progress.step:
@@ -186,6 +187,11 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         """Hold k and v [B, HKV, S', D], on any device, as the rows' first tokens; lengths are the caller's."""
         for buffer, new in zip(self.buffers(), (k, v), strict=True):
             buffer[:, :, : new.shape[2]].copy_(new)
+
+    def held(self, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first ``n_tokens`` of every row."""
+        keys, values = self.buffers()
+        return keys[:, :, :n_tokens], values[:, :, :n_tokens]
 
     def on_device(self) -> tuple[Tensor, Tensor]:
         """What the model's device holds of them, [B, HKV, ..., D]."""

@@ -212,7 +212,7 @@ class KVIndex:
         """Take new keys k_new [B, HKV, T, D], in place. ``counts`` int64 [B]: valid keys of each row (default T).
 
         Without ``counts`` nothing synchronises and nothing but temporaries is allocated, so that a decode step can be
-        captured; with ``counts`` (ragged prefill) the valid keys are looked up on the host's order.
+        captured; with ``counts`` (ragged prefill) the host asks for the longest row.
         """
         self._check_keys("k_new", k_new)
         t = k_new.shape[2]

@@ -97,6 +97,13 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
         engine.synchronize()
         return engine.store.keys, engine.store.values
 
+    def held(self, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`TLSLayer.held`, of int8 no more made out than is asked for."""
+        engine = self.opened()
+        engine.synchronize()
+        keys, values = (tuple(x[:, :, :n_tokens, i] for x in engine.store.tokens) for i in range(2))
+        return engine.store.unpacked(keys), engine.store.unpacked(values)
+
     def restore(self, k: Tensor, v: Tensor) -> None:
         """As :meth:`TLSLayer.restore`."""
         b, _, n, _ = k.shape

@@ -133,7 +133,7 @@ def config_of(found: dict[str, Any]) -> TLSConfig:
 
 
 def _state(layer: TLSLayer, n_tokens: int) -> dict[str, Tensor]:
-    keys, values = (x[:, :, :n_tokens] for x in layer.buffers())
+    keys, values = layer.held(n_tokens)
     views = {"keys": keys, "values": values, **_views(layer.index, n_tokens)}
     state = {name: x.contiguous() for name, x in views.items()}
     if isinstance(layer, OffloadedLayer) and layer.last_queries is not None:

@@ -1,4 +1,4 @@
-"""Keys and values in 8 bits; bit for bit :mod:`flex_tls.offload.int8`, which says what is kept and why."""
+"""Keys and values in 8 bits; for finite numbers bit for bit :mod:`flex_tls.offload.int8`, which says why."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ from .tiles import NATIVE, padded
 # Tokens of one matrix product, and products of one program: the projection is loaded, and cut in parts, once for them
 TILE = 64 if NATIVE else 16
 PRODUCTS = 8 if NATIVE else 2
+# Of one program: the projection, in parts, lies in shared memory beside the keys
+MOST_CHANNELS = 64
 
 
 @triton.jit
@@ -19,15 +21,15 @@ def label_keys(
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
     COUNTED: tl.constexpr, TILE: tl.constexpr, PRODUCTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, head) labels the i-th TILE * PRODUCTS keys of one KV head."""
+    """Program (i, head, j) labels the i-th TILE * PRODUCTS keys of one KV head in the j-th CHANNELS channels."""
     PER: tl.constexpr = 32 // BITS
     head = tl.program_id(1).to(tl.int64)
     b, h = head // n_heads, head % n_heads
-    end = tl.load(counts + b).to(tl.int32) if COUNTED else T
+    end = tl.minimum(tl.load(counts + b), T).to(tl.int32) if COUNTED else T
     slot = tl.load(start + b).to(tl.int64)
     d = tl.arange(0, DP)
-    c = tl.arange(0, CHANNELS)
-    w = tl.arange(0, CHANNELS // PER)
+    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    w = tl.program_id(2) * (CHANNELS // PER) + tl.arange(0, CHANNELS // PER)
     inside = (d < D)[:, None] & (c < C)[None]
     projection = tl.load(to_code + head * D * C + d[:, None] * C + c[None], inside, other=0.0)
     middle = tl.load(offset + head * C + c, c < C, other=0.0) + 0.5
@@ -66,9 +68,10 @@ def launch_label_keys(
     w, s, c = codes.shape[2], codes.shape[3], to_code.shape[-1]
     # Three tiles of keys, of 16 KiB each, are under way in shared memory: three programs to a processor
     tile = min(TILE, max(16, 2**14 // (padded(d) * k.element_size())))
-    label_keys[(-(-t // (tile * PRODUCTS)), b * hkv)](
+    channels = min(MOST_CHANNELS, max(16, padded(w) * 32 // bits))
+    label_keys[(-(-t // (tile * PRODUCTS)), b * hkv, -(-w * 32 // (bits * channels)))](
         k, start, start if counts is None else counts, codes, to_code, offset, *k.stride()[:3], hkv, t, s,
-        D=d, DP=padded(d, 16), C=c, CHANNELS=max(16, padded(w) * 32 // bits), W=w, BITS=bits,
+        D=d, DP=padded(d, 16), C=c, CHANNELS=channels, W=w, BITS=bits,
         COUNTED=counts is not None, TILE=tile, PRODUCTS=PRODUCTS,
         STAGES=3, num_warps=4,
     )  # fmt: skip

@@ -258,7 +258,44 @@ def test_the_projection_is_the_best_of_its_rank_for_what_queries_ask(seed: int, 
     missed = torch.eye(d).double() - (labels.to_code * labels.step[..., None, :] @ labels.to_query.mT).double()
     loss = (cq @ missed.mT @ ck @ missed).diagonal(dim1=-1, dim2=-2).sum(-1)
     whole = (cq @ ck).diagonal(dim1=-1, dim2=-2).sum(-1)
-    assert bool((loss <= 1.01 * least + 1e-5 * whole).all())
+    assert bool((loss <= 1.1 * least + 1e-5 * whole).all())
+
+
+def test_a_projection_is_found_where_directions_do_not_mix() -> None:
+    """Two channels apart, the others all alike: their shared direction is the heaviest, though none of them is."""
+    common, apart = torch.randn(400, 1), torch.randn(400, 2) * 1.5
+    k = torch.cat([apart, common.expand(-1, 22)], 1)[None, None]
+    cfg = TLSConfig(block_size=16, block_budget=48, token_budget=32, sink_tokens=0, recent_tokens=8, label_dims=1,
+                    label_bits=8)  # fmt: skip
+    to_query = KVIndex.build(k, cfg).labels.to_query[0, 0, :, 0]
+    assert float(to_query[2:].square().sum() / to_query.square().sum()) > 0.99
+
+
+def test_padding_may_hold_anything() -> None:
+    k, q = torch.randn(2, 1, 90, 16), torch.randn(2, 2, 90, 16)
+    lens = torch.tensor([90, 40])
+    spoiled, asked = k.clone(), q.clone()
+    spoiled[1, :, 40:] = torch.nan
+    asked[1, :, 40:] = torch.inf
+    got, want = (
+        KVIndex.build(*given, q=queries) for given, queries in (((spoiled, CFG, lens), asked), ((k, CFG, lens), q))
+    )
+    assert torch.equal(got.labels.to_code, want.labels.to_code)
+    assert torch.equal(got.labels.to_query, want.labels.to_query)
+
+
+def test_queries_that_are_nearly_one_spoil_no_projection() -> None:
+    """Rounding makes the sum of millions of nearly equal queries indefinite: then the keys decide alone."""
+    k = torch.randn(1, 1, 300, 16) * torch.logspace(0, -2, 16) @ torch.linalg.qr(torch.randn(16, 16)).Q
+    index = KVIndex(CFG, batch_size=1, n_kv_heads=1, head_dim=16, capacity_tokens=300, dtype=torch.float32)
+    index.labels.query_sum.copy_(1e6 * (torch.ones(16, 16) - 0.01 * torch.eye(16)))
+    index.labels.query_count.fill_(1e6)
+    index.fit(k)
+    labels = index.labels
+    wide = (k - k[:, :, 4:].mean(2, keepdim=True))[0, 0, 4:].double()
+    left = wide - wide @ (labels.to_code * labels.step[..., None, :] @ labels.to_query.mT)[0, 0].double()
+    least = torch.linalg.eigvalsh(wide.T @ wide)[:8].sum()
+    assert float(left.square().sum()) < 1.1 * float(least) + 1e-5 * float(wide.square().sum())
 
 
 def test_channel_labels_are_the_keys_own_heaviest_channels() -> None:

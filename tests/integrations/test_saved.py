@@ -69,6 +69,21 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(
             model(torch.tensor([[4], [4]]), attention_mask=torch.ones(2, 98), past_key_values=loaded)
 
 
+def test_a_cache_that_began_dense_can_be_loaded_with_offload(tmp_path: Path) -> None:
+    model = make("qwen3")
+    cfg = dataclasses.replace(SPARSE, sparse_from_tokens=50)
+    tls.enable(model)
+    cache = new_cache(model, cfg)
+    with torch.no_grad():
+        model(**prompts(90), past_key_values=cache)
+    cache.save(tmp_path / "document")
+    want = go_on(model, cache)
+    for offload, kept in ((None, 50), (EXACT, 0)):
+        loaded = tls.TLSCache.load(tmp_path / "document", model.config, backend="reference", offload=offload)
+        assert loaded.cfg.sparse_from_tokens == kept
+        assert torch.equal(go_on(model, loaded), want)
+
+
 def test_a_loaded_cache_holds_what_was_saved_as_its_store_can(tmp_path: Path) -> None:
     """To 8 bits and back: what they stand for stays."""
     model, cache, path = saved_document(tmp_path)

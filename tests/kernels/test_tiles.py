@@ -229,9 +229,10 @@ def test_no_setting_that_tuning_tries_changes_the_result(tiles: Tiles, token_bud
 def test_every_setting_of_the_table_runs_in_other_configurations(block_size: int, block_reduce: Any) -> None:
     """What was measured with default budgets must also fit the shared memory and registers of what was not."""
     gpu = torch.cuda.get_device_name()
-    for measured in read_table(TABLE):
-        if measured.gpu != gpu:
-            continue
+    entries = [entry for entry in read_table(TABLE) if entry.gpu == gpu]
+    if not entries:
+        pytest.skip(f"the table has no entry of {gpu}")
+    for measured in entries:
         kept = measured.kept_tokens
         for tokens, dtype in ((1024, torch.bfloat16), (None, torch.bfloat16), (1024, torch.float32)):
             cfg = tls.TLSConfig(
