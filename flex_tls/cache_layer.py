@@ -265,7 +265,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
 
     def _chunks(self, n_tokens: int) -> KeyChunks:
         """The first ``n_tokens`` keys of every row, for the index."""
-        return KeyChunks.of(self.buffers()[0][:, :, :n_tokens])
+        return KeyChunks.of(self.held(n_tokens)[0])
 
     def _build_index(self, index: KVIndex, q: Tensor, step: Step) -> None:
         if step.is_fresh and step.left_pad is not None:
@@ -329,7 +329,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         """Attention to every token."""
         if step.n_new > self.shared.cfg.sparse_query_tokens and self.window is None:
             return chunk_attention(q, *self.buffers(), step.lens_after, scale=scale)
-        keys, values = (x[:, :, : step.longest] for x in self.buffers())
+        keys, values = self.held(step.longest)
         same = len(set(step.lens_after)) == 1
         return dense_attention(q, keys, values, step.seq_lens, scale=scale, window=self.window, same_length=same)
 

@@ -217,24 +217,20 @@ class KVIndex:
         self._check_keys("k_new", k_new)
         t = k_new.shape[2]
         if counts is None:
-            position = self.seq_lens[:, None] + torch.arange(t, device=k_new.device)
             longest = self.max_len + t
-            self._check_room(longest)
-            self.labels.write(k_new, self.seq_lens)
-            if self.summary is not None:
-                self.summary.add(k_new, position // self.cfg.block_size)
-            self.seq_lens += t
+        elif counts.shape != (self.batch_size,):
+            raise ValueError(f"counts: expected shape ({self.batch_size},), got {tuple(counts.shape)}")
         else:
-            if counts.shape != (self.batch_size,):
-                raise ValueError(f"counts: expected shape ({self.batch_size},), got {tuple(counts.shape)}")
             longest = int((self.seq_lens + counts).max())
-            self._check_room(longest)
-            valid = torch.arange(t, device=k_new.device) < counts[:, None]
-            position = self.seq_lens[:, None] + torch.arange(t, device=k_new.device)
-            self.labels.write(k_new, self.seq_lens, counts)
-            if self.summary is not None:
-                self.summary.add(k_new, torch.where(valid, position // self.cfg.block_size, self.n_blocks))
-            self.seq_lens += counts
+        self._check_room(longest)
+        self.labels.write(k_new, self.seq_lens, counts)
+        if self.summary is not None:
+            column = torch.arange(t, device=k_new.device)
+            block = (self.seq_lens[:, None] + column) // self.cfg.block_size
+            if counts is not None:
+                block = torch.where(column < counts[:, None], block, self.n_blocks)
+            self.summary.add(k_new, block)
+        self.seq_lens += t if counts is None else counts
         self.max_len = longest
 
     def advance(self, n: int) -> None:
