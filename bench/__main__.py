@@ -41,14 +41,8 @@ def run_operator(args: argparse.Namespace) -> int:
     names = _matching(args.cases, cases.CASES, "cases") if args.cases else list(suite.cases)
     providers = _matching(args.providers or ",".join(suite.providers), PROVIDERS, "providers")
     out = args.out or (QUICK_ROWS if args.quick else ROWS)
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: no CUDA device here; pass --device cpu --quick for a dry run")
-    runs = args.runs or (5 if args.quick else 50)
-    if runs < 2:
-        raise ValueError(f"runs: expected at least 2, got {runs}")
-    machine = rows.machine(device, args.commit, args.dirty)
-    print(f"{machine.gpu}, driver {machine.driver}, torch {machine.torch}, triton {machine.triton}")
+    runs = _runs(args)
+    device, machine = _where(args)
     if args.resume and out.exists():
         inputs = "repeated" if args.repeat_inputs else "rotated"
         here = (machine.gpu, machine.commit, inputs)
@@ -112,13 +106,12 @@ def run_index(args: argparse.Namespace) -> int:
     from .index_build import CASES, measure
     from .timing import read_bytes_per_us
 
-    device = torch.device(args.device)
-    machine = rows.machine(device, args.commit, args.dirty)
+    device, machine = _where(args)
     default = cases.SUITES["quick"].cases if args.quick else CASES
     names = _matching(args.cases or ",".join(default), cases.CASES, "cases")
     out = args.out or (QUICK_ROWS.with_name("index-quick.jsonl") if args.quick else ROWS.with_name("index.jsonl"))
     bytes_per_us = read_bytes_per_us(device)
-    print(f"{machine.gpu}, torch {machine.torch}; read bandwidth, measured: {bytes_per_us / 1e6:.3f} TB/s", flush=True)
+    print(f"read bandwidth, measured: {bytes_per_us / 1e6:.3f} TB/s", flush=True)
     with torch.no_grad():
         for name in names:
             found = measure(cases.CASES[name], device, machine, args.runs, bytes_per_us)
@@ -136,19 +129,13 @@ def tune_operator(args: argparse.Namespace) -> int:
     from .tune import COORDINATES, Clock, dry, tune
 
     clock = Clock(args.seconds)
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: no CUDA device here; pass --device cpu --quick for a dry run")
-    if device.type == "cpu" and not args.quick:
+    if args.device == "cpu" and not args.quick:
         raise ValueError("device: on a CPU there is only a dry run; pass --quick too")
     default = cases.QUICK_TUNED if args.quick else cases.TUNED
     names = _matching(args.cases or ",".join(default), cases.CASES, "cases")
     coordinates = _matching(args.coordinates, COORDINATES, "coordinates")
-    runs = args.runs or (5 if args.quick else 50)
-    if runs < 2:
-        raise ValueError(f"runs: expected at least 2, got {runs}")
-    machine = rows.machine(device, args.commit, args.dirty)
-    print(f"{machine.gpu}, driver {machine.driver}, torch {machine.torch}, triton {machine.triton}", flush=True)
+    runs = _runs(args)
+    device, machine = _where(args)
     chosen = [cases.CASES[name] for name in names]
     with torch.no_grad():
         return tune(
@@ -163,11 +150,7 @@ def run_offload(args: argparse.Namespace) -> int:
     """Measure the offload engine, part by part, and append rows."""
     from . import offload
 
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: no CUDA device here; pass --device cpu --quick for a dry run")
-    machine = rows.machine(device, args.commit, args.dirty)
-    print(f"{machine.gpu}, driver {machine.driver}, torch {machine.torch}, triton {machine.triton}", flush=True)
+    device, machine = _where(args)
     parts = _matching(args.parts, dict.fromkeys(OFFLOAD_PARTS), "parts")
     out = args.out or (QUICK_ROWS.with_name("offload-quick.jsonl") if args.quick else ROWS.with_name("offload.jsonl"))
     with torch.no_grad():
@@ -343,6 +326,24 @@ def _parser() -> argparse.ArgumentParser:
     reported.add_argument("--out", type=Path, default=rows.ROOT / "docs" / "report.md")
     reported.set_defaults(command=report)
     return parser
+
+
+def _where(args: argparse.Namespace) -> tuple[torch.device, rows.Machine]:
+    """The device that was asked for, and what rows say of it; printed."""
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: no CUDA device here; pass --device cpu --quick for a dry run")
+    machine = rows.machine(device, args.commit, args.dirty)
+    print(f"{machine.gpu}, driver {machine.driver}, torch {machine.torch}, triton {machine.triton}", flush=True)
+    return device, machine
+
+
+def _runs(args: argparse.Namespace) -> int:
+    """Samples, of the commands that take fewer in a dry run."""
+    runs: int = args.runs or (5 if args.quick else 50)
+    if runs < 2:
+        raise ValueError(f"runs: expected at least 2, got {runs}")
+    return runs
 
 
 def _matching(patterns: str, known: Mapping[str, object], what: str) -> list[str]:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flex_tls.fused import why_not_here
+from flex_tls.device import why_not_here
 from flex_tls.kernels.tile_table import TABLE, Entry, forced, read_table, why_invalid
 from flex_tls.kernels.tiles import Tiles, n_processors, padded, rule
 
