@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_tls.kernels.ask import ask, load_projection
+from flex_tls.kernels.ask import ask
 from flex_tls.kernels.follow import precede
 from flex_tls.kernels.rows import locate
 from flex_tls.kernels.tiles import NATIVE, padded
@@ -17,16 +17,13 @@ from flex_tls.kernels.tiles import NATIVE, padded
 def ask_rows(
     q, seq_lens, to_query, low, step, asked, base, unit, q_stride_b, q_stride_h, q_stride_t, n_heads, T, filter_dims,
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, NATIVE: tl.constexpr,
+    GP: tl.constexpr, CHANNELS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program (0, row)."""
     precede(NATIVE)
     row, head, _ = locate(seq_lens, n_heads, T)
-    query, projection, lows, steps = load_projection(
-        q, to_query, low, step, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T, D, DP, C, GROUP, ROWS,
-        CHANNELS,
-    )  # fmt: skip
-    ask(query, projection, lows, steps, asked, base, unit, row, filter_dims, W, BITS, GROUP, ROWS, CHANNELS)
+    ask(q, to_query, low, step, asked, base, unit, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
+        filter_dims, D, DP, C, W, BITS, GROUP, GP, CHANNELS)  # fmt: skip
 
 
 def launch_ask(
@@ -42,7 +39,7 @@ def launch_ask(
     unit = torch.empty(rows, group, device=q.device)
     ask_rows[(1, rows)](
         q, seq_lens, to_query, low, step, asked, base, unit, q.stride(0), q.stride(1), q.stride(2), hkv, t, filter_dims,
-        D=d, DP=padded(d, 16), C=c, W=n_words, BITS=bits, GROUP=group, ROWS=padded(group, 16),
+        D=d, DP=padded(d, 16), C=c, W=n_words, BITS=bits, GROUP=group, GP=padded(group),
         CHANNELS=max(16, padded(n_words) * 32 // bits), NATIVE=NATIVE, num_warps=4,
     )  # fmt: skip
     return asked, base, unit

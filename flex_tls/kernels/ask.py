@@ -5,29 +5,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attend import load_query
-
 
 @triton.jit
-def load_projection(q, to_query, low, step, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
-                    D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-                    CHANNELS: tl.constexpr):  # fmt: skip
-    """What :func:`ask` takes: query [ROWS, DP], projection [DP, CHANNELS], low and step of each channel."""
-    d = tl.arange(0, DP)
-    c = tl.arange(0, CHANNELS)
-    projection = tl.load(
-        to_query + head * D * C + d[:, None] * C + c[None], (d < D)[:, None] & (c < C)[None], other=0.0
-    )
-    query = load_query(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t, D, DP, GROUP, ROWS)
-    lows = tl.load(low + head * C + c, c < C, other=0.0)
-    steps = tl.load(step + head * C + c, c < C, other=0.0)
-    return query, projection, lows, steps
+def prefetch_projection(to_query, head, D: tl.constexpr, C: tl.constexpr):
+    """Let a head's projection come to the L2 cache, ahead of whatever is asked for next."""
+    LINES: tl.constexpr = triton.next_power_of_2((D * C + 31) // 32)
+    # 32 numbers are a line of 128 bytes
+    place = tl.minimum(tl.arange(0, LINES) * 32, D * C - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [to_query + head * D * C + place], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
 def ask(
-    query, projection, lows, steps, asked, base, unit, row, filter_dims,
-    W: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    q, to_query, low, step, asked, base, unit, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T, filter_dims,
+    D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    GP: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The query heads of one selection: asked int32 [R, G, 8 / BITS, W], base float32 [R, G, 2], unit float32 [R, G].
 
@@ -35,23 +30,36 @@ def ask(
     for all of them.
     """
     SUB: tl.constexpr = 8 // BITS
-    g = tl.arange(0, ROWS)
+    # Heads at once: more would not fit the registers
+    HEADS: tl.constexpr = min(4, GP)
+    d = tl.arange(0, DP)
     c = tl.arange(0, CHANNELS)
-    channel = tl.dot(query.to(tl.float32), projection, input_precision="tf32x3")
-    shift = channel * lows[None]
-    channel = channel * steps[None]
-    scale = tl.maximum(tl.max(tl.abs(channel), 1) / 127, 1e-30)
-    tl.store(unit + row * GROUP + g, scale, g < GROUP)
-    rounded = tl.floor(channel / scale[:, None] + 0.5)
-    shift += (channel - rounded * scale[:, None]) * ((2**BITS - 1) / 2)
-    entry = (row * GROUP + g) * 2
-    tl.store(base + entry, tl.sum(tl.where((c < filter_dims)[None], shift, 0.0), 1), g < GROUP)
-    tl.store(base + entry + 1, tl.sum(shift, 1), g < GROUP)
-    code = rounded.to(tl.int32)
-    # Byte i of part j of word w is channel (4 w + i) SUB + j, as in the codes shifted right by j * BITS
-    code = tl.reshape(code, (ROWS, CHANNELS // (4 * SUB), 4, SUB)) & 0xFF
-    words = tl.sum(code << (8 * tl.arange(0, 4)[None, None, :, None]), 2)
-    w = tl.arange(0, CHANNELS // (4 * SUB))
-    j = tl.arange(0, SUB)
-    place = ((row * GROUP + g)[:, None, None] * SUB + j[None, None]) * W + w[None, :, None]
-    tl.store(asked + place, words, (g < GROUP)[:, None, None] & (w < W)[None, :, None])
+    projection = tl.load(
+        to_query + head * D * C + d[:, None] * C + c[None], (d < D)[:, None] & (c < C)[None], other=0.0
+    )
+    lows = tl.load(low + head * C + c, c < C, other=0.0)
+    steps = tl.load(step + head * C + c, c < C, other=0.0)
+    q += head // n_heads * q_stride_b + head % n_heads * GROUP * q_stride_h + row % T * q_stride_t
+    for first in tl.static_range(0, GROUP, HEADS):
+        g = first + tl.arange(0, HEADS)
+        there = g < GROUP
+        query = tl.load(q + g[:, None] * q_stride_h + d[None], there[:, None] & (d < D)[None], other=0.0)
+        # Few rows: multiplying and adding is over before a tensor core has its operands
+        channel = tl.sum(query.to(tl.float32)[:, :, None] * projection[None], 1)
+        shift = channel * lows[None]
+        channel = channel * steps[None]
+        scale = tl.maximum(tl.max(tl.abs(channel), 1) / 127, 1e-30)
+        tl.store(unit + row * GROUP + g, scale, there)
+        rounded = tl.floor(channel / scale[:, None] + 0.5)
+        shift += (channel - rounded * scale[:, None]) * ((2**BITS - 1) / 2)
+        entry = (row * GROUP + g) * 2
+        tl.store(base + entry, tl.sum(tl.where((c < filter_dims)[None], shift, 0.0), 1), there)
+        tl.store(base + entry + 1, tl.sum(shift, 1), there)
+        code = rounded.to(tl.int32)
+        # Byte i of part j of word w is channel (4 w + i) SUB + j, as in the codes shifted right by j * BITS
+        code = tl.reshape(code, (HEADS, CHANNELS // (4 * SUB), 4, SUB)) & 0xFF
+        words = tl.sum(code << (8 * tl.arange(0, 4)[None, None, :, None]), 2)
+        w = tl.arange(0, CHANNELS // (4 * SUB))
+        j = tl.arange(0, SUB)
+        place = ((row * GROUP + g)[:, None, None] * SUB + j[None, None]) * W + w[None, :, None]
+        tl.store(asked + place, words, there[:, None, None] & (w < W)[None, :, None])

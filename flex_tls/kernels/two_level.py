@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ask import ask, load_projection
+from .ask import ask, prefetch_projection
 from .attend import attend_range, finish, load_query
 from .follow import follow, precede
 from .keep_best import find_edge, load_words, write_list
@@ -53,8 +53,9 @@ def two_level(
     """Phases FIRST to LAST of program (i, row)."""
     precede(NATIVE)
     if PREFETCH:
-        # A hint, and so it may come before the wait, whatever it finds
+        # Hints, and so they may come before the wait, whatever they find
         _, head, position = locate(seq_lens, n_heads, T)
+        prefetch_projection(to_query, head, D, C)
         first, end = share(tl.minimum(tl.maximum(position // BLOCK_SIZE + 1, 0), N), PROGRAMS)
         prefetch_labels(codes + head * W * N * BLOCK_SIZE, first, end, N, READ, BLOCK_SIZE, 256)
     follow(NATIVE)
@@ -73,11 +74,8 @@ def two_level(
     POSITIVE: tl.constexpr = REDUCE == "softmax_mean"
     if FIRST == 0:
         first, end = share(n_blocks, PROGRAMS)
-        query, projection, lows, steps = load_projection(
-            q, to_query, low, step, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T, D, DP, C, GROUP, ROWS,
-            CHANNELS,
-        )  # fmt: skip
-        ask(query, projection, lows, steps, asked, base, unit, row, filter_dims, W, BITS, GROUP, ROWS, CHANNELS)
+        ask(q, to_query, low, step, asked, base, unit, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
+            filter_dims, D, DP, C, W, BITS, GROUP, GP, CHANNELS)  # fmt: skip
         tl.debug_barrier()
     asked += row * GROUP * (8 // BITS) * W
     base += row * GROUP * 2
