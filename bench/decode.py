@@ -7,6 +7,7 @@ dense (in the same compiled, captured step, by a kernel as fast as cuDNN's), and
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -158,8 +159,13 @@ PROVIDERS = {
 DEFAULT = ("two_level", "dense", "transformers_static", "transformers_default")
 
 
-def build(bed: Bed, names: Iterable[str]) -> tuple[dict[str, Step], dict[str, float], list[str]]:
-    """Steps that can be timed, the seconds that each took to build, and the names of those that failed."""
+def build(
+    bed: Bed, names: Iterable[str], until: float = math.inf
+) -> tuple[dict[str, Step], dict[str, float], list[str]]:
+    """Steps that can be timed, the seconds that each took to build, and the names of those that failed.
+
+    Those that would likely not be built by ``until``, of the monotonic clock, are left out: what is built is measured.
+    """
     steps: dict[str, Step] = {}
     seconds: dict[str, float] = {}
     failed = []
@@ -168,6 +174,9 @@ def build(bed: Bed, names: Iterable[str]) -> tuple[dict[str, Step], dict[str, fl
         free = torch.cuda.mem_get_info()[0] if bed.device.type == "cuda" else needed
         if free < needed:
             print(f"  skipping {name}: needs {needed / 1e9:.0f} GB more, {free / 1e9:.0f} GB are free", flush=True)
+            continue
+        if time.monotonic() + max(seconds.values(), default=0.0) > until:
+            print(f"  no time to build {name}", flush=True)
             continue
         print(f"  building {name}", flush=True)
         start = time.perf_counter()
@@ -184,13 +193,13 @@ def build(bed: Bed, names: Iterable[str]) -> tuple[dict[str, Step], dict[str, fl
 
 
 def measure(
-    bed: Bed, case: str, names: Iterable[str], runs: int, machine: Machine, floor_ms: float
+    bed: Bed, case: str, names: Iterable[str], runs: int, machine: Machine, floor_ms: float, until: float = math.inf
 ) -> tuple[list[ModelRow], dict[str, Step], list[str]]:
     """Rows of providers over the bed's context, their steps, and the names of those that failed."""
     cuda = bed.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    steps, seconds, failed = build(bed, names)
+    steps, seconds, failed = build(bed, names, until)
     taken = samples(steps, bed.device, runs) if steps else {}
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,15 +32,25 @@ def add(run: Any, plot: Any) -> None:
     prefill.add_argument("--runs", type=int, default=3, help="samples per provider and case, at least 2")
     prefill.set_defaults(command=run_prefill)
     for name, parser in (("decode", decode), ("prefill", prefill)):
-        parser.add_argument("--model", choices=tuple(SIZES), default="qwen3-8b")
-        parser.add_argument("--layers", type=int, help="fewer layers than the model has, to save time")
         parser.add_argument("--batch", type=options.numbers, default=[1], help="batch sizes: 1,2,4")
         parser.add_argument("--providers", help="comma-separated; see bench/README.md")
-        parser.add_argument("--block-budget", type=int, default=8192)
-        parser.add_argument("--token-budget", type=int, default=1024)
-        parser.add_argument("--seconds", type=float, help="stop before a case that would likely end later than this")
+        parser.add_argument("--seconds", type=float, help="build no more providers, and begin no case, after this long")
         parser.add_argument("--resume", action="store_true", help="leave out what --out has rows of, same commit")
         parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.jsonl")
+    throughput = run.add_parser("throughput", help="the largest batch that fits, keys and values on device or host")
+    throughput.add_argument("--contexts", type=options.numbers, default=[98304], help="tokens cached: 49152,98304")
+    throughput.add_argument("--providers", help="comma-separated; see bench/README.md")
+    throughput.add_argument("--most", type=int, help="rows of a batch at most")
+    throughput.add_argument("--gpu-gb", type=float, help="device memory that torch may take, 1e9 bytes; all by default")
+    throughput.add_argument("--host-gb", type=float, help="host memory for keys and values, 1e9 bytes; what is free")
+    throughput.add_argument("--runs", type=int, default=20, help="samples per provider and case, at least 2")
+    throughput.add_argument("--out", type=Path, default=RESULTS / "offload.jsonl")
+    throughput.set_defaults(command=run_throughput, resume=False, seconds=None)
+    for parser in (decode, prefill, throughput):
+        parser.add_argument("--model", choices=tuple(SIZES), default="qwen3-8b")
+        parser.add_argument("--layers", type=int, help="fewer layers than the model has, to save time")
+        parser.add_argument("--block-budget", type=int, default=8192)
+        parser.add_argument("--token-budget", type=int, default=1024)
         options.add_machine(parser)
     drawing = plot.add_parser("decode", help="steps over the context, prompts, and where a step's time goes")
     drawing.add_argument(
@@ -81,7 +92,7 @@ def run_decode(args: argparse.Namespace) -> int:
                 print(f"{args.model} B={b} {context} tokens{', projections fused' * fused}", flush=True)
                 if fused:
                     tls.fuse_projections(run.model)
-                found, steps, failed = measure(bed, args.model, group, args.runs, run.machine, run.floor_ms)
+                found, steps, failed = measure(bed, args.model, group, args.runs, run.machine, run.floor_ms, run.until)
                 run.add(found, failed)
                 if args.profile and bed.device.type == "cuda":
                     where = args.out.with_name(f"{args.out.stem}-stages.jsonl")
@@ -125,6 +136,25 @@ def run_prefill(args: argparse.Namespace) -> int:
             _release()
             run.end()
     return run.report()
+
+
+def run_throughput(args: argparse.Namespace) -> int:
+    """Measure each provider at the largest batch that fits, and append its row."""
+    from .offload import write
+    from .throughput import TRANSFORMERS, WAYS, measure
+
+    names = _providers(args, ("dense", "two_level", "offload_async", "offload_int8"), (*WAYS, TRANSFORMERS))
+    if args.gpu_gb is not None and args.device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.gpu_gb * 1e9 / total))
+    run = _Run(args)
+    host_bytes = None if args.host_gb is None else int(args.host_gb * 1e9)
+    limits = {"gpu_gb": args.gpu_gb, "host_gb": args.host_gb, "model": args.model}
+    with torch.no_grad():
+        for context in args.contexts:
+            found = measure(run.model, run.cfg, context, names, args.runs, host_bytes=host_bytes, most=args.most)
+            write(({**row, **limits} for row in found), run.machine, args.out)
+    return 0
 
 
 def plot_decode(args: argparse.Namespace) -> int:
@@ -175,6 +205,11 @@ class _Run:
         self.failed: list[str] = []
         self.measured: list[rows.ModelRow] = []
 
+    @property
+    def until(self) -> float:
+        """When it should be over, of the monotonic clock."""
+        return math.inf if self.args.seconds is None else self.began + float(self.args.seconds)
+
     def left(self, names: Sequence[str], b: int, context: int) -> list[str]:
         """Providers that have no row of this case yet."""
         bench = "prefill" if self.args.command is run_prefill else "decode"
@@ -184,9 +219,10 @@ class _Run:
 
     def has_time(self, case: str) -> bool:
         """Whether another case would likely end in time."""
-        passed, limit = time.monotonic() - self.began, self.args.seconds
-        if limit is None or passed + self.longest_s <= limit:
+        passed = time.monotonic() - self.began
+        if self.began + passed + self.longest_s <= self.until:
             return True
+        limit = self.args.seconds
         print(
             f"no time for {case}: {passed:.0f} s of {limit:.0f} are gone, a case took {self.longest_s:.0f}", flush=True
         )

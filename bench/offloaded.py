@@ -23,15 +23,48 @@ from flex_tls.offloaded_layer import OffloadedLayer
 
 from .trace import trace
 
-# Steps of a trace, which then begins again; as many warm the pools
-TRACE_STEPS = 64
+# Steps of a trace, which then begins again; as many warm the pools. On a CPU a dry run
+TRACE_STEPS = {"cuda": 64, "cpu": 2}
 
 
 def offloaded_step(model: Any, sparse: tls.TLSCache, offload: tls.OffloadConfig) -> Callable[[], object]:
-    """One captured step over what ``sparse`` holds; every replay decodes the same place, by the trace's next choice."""
+    """One captured step over what ``sparse`` holds; see :func:`traced_step`."""
+    cache = tls.TLSCache(
+        model.config, sparse.cfg, batch_size=sparse.batch_size, max_len=sparse.max_len, dtype=sparse.dtype,
+        device=next(model.parameters()).device, offload=offload,
+    )  # fmt: skip
+    context, b = sparse.get_seq_length(), sparse.batch_size
+    for layer, given in zip(cache.tls_layers, sparse.tls_layers, strict=True):
+        keys, values = given.buffers()
+        if isinstance(layer, OffloadedLayer):
+            layer.opened().write(keys[:, :, :context], values[:, :, :context], [0] * b, [context] * b)
+            layer.index = given.index
+        else:
+            layer.keys, layer.values, layer.index = keys, values, given.index
+    cache.progress.advance(context)
+    step = traced_step(model, cache)
+    for _ in range(TRACE_STEPS[cache.device.type]):
+        step()
+    found = offload_figures(cache)
+    print(f"  offloaded, {offload.policy}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
+    return step
+
+
+def traced_step(model: Any, cache: tls.TLSCache) -> Callable[[], object]:
+    """One captured step; every replay decodes the same place, by the trace's next choice. Pools are warm then."""
     device = next(model.parameters()).device
+    n_steps = TRACE_STEPS[device.type]
     clock = torch.zeros(1, dtype=torch.int64, device=device)
-    cache = _offloaded(model, sparse, offload, clock)
+    for number, layer in enumerate(cache.offloaded_layers):
+        index: Any = layer.index
+        n_filled = cache.get_seq_length() // index.cfg.block_size + 1
+        kept = min(index.cfg.kept_blocks, n_filled)
+        rows = cache.batch_size * index.n_kv_heads
+        index.trace = trace(n_steps, rows, n_filled, kept, device=device, seed=number)
+        index.clock = clock
+        layer.prepare()
+        # The trace warms it
+        layer.opened().is_warm = True
     ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
     loop = Loop(model, cache, ids, progress=True)
     loop.start.copy_(torch.tensor(cache.seq_lens))
@@ -47,43 +80,22 @@ def offloaded_step(model: Any, sparse: tls.TLSCache, offload: tls.OffloadConfig)
         loop.start.sub_(1)
         clock.add_(1)
 
-    for _ in range(TRACE_STEPS):
+    for _ in range(n_steps):
         step()
-    stats = list(cache.stats().values())
-    steps = stats[0].steps
-    print(
-        f"  offloaded, {offload.policy}: hit rate {sum(s.hit_rate for s in stats) / len(stats):.3f}, "
-        f"{sum(s.bytes_in for s in stats) / steps / 1e6:.1f} MB in a step, "
-        f"{sum(s.host_bytes for s in stats) / 1e9:.1f} GB on the host, "
-        f"{sum(s.pool_bytes for s in stats) / 1e9:.2f} GB of slots",
-        flush=True,
-    )
+    for layer in cache.offloaded_layers:
+        layer.opened().pool.clear_counters()
     return step
 
 
-def _offloaded(model: Any, sparse: tls.TLSCache, offload: tls.OffloadConfig, clock: Tensor) -> tls.TLSCache:
-    cache = tls.TLSCache(
-        model.config, sparse.cfg, batch_size=sparse.batch_size, max_len=sparse.max_len, dtype=sparse.dtype,
-        device=clock.device, offload=offload,
-    )  # fmt: skip
-    context, b = sparse.get_seq_length(), sparse.batch_size
-    for number, (layer, given) in enumerate(zip(cache.tls_layers, sparse.tls_layers, strict=True)):
-        keys, values = given.buffers()
-        if not isinstance(layer, OffloadedLayer):
-            layer.keys, layer.values, layer.index = keys, values, given.index
-            continue
-        layer.opened().write(keys[:, :, :context], values[:, :, :context], [0] * b, [context] * b)
-        index: Any = given.index
-        layer.index = index
-        n_filled = context // index.cfg.block_size + 1
-        kept = min(index.cfg.kept_blocks, n_filled)
-        index.trace = trace(TRACE_STEPS, b * index.n_kv_heads, n_filled, kept, device=clock.device, seed=number)
-        index.clock = clock
-        layer.prepare()
-        # The trace warms it
-        layer.opened().is_warm = True
-    cache.progress.advance(context)
-    return cache
+def offload_figures(cache: tls.TLSCache) -> dict[str, float]:
+    """What the engines counted since the pools were warm; rates are means over layers, bytes in are of one step."""
+    stats = list(cache.stats().values())
+    return {
+        "hit_rate": sum(s.hit_rate for s in stats) / len(stats),
+        "fetched_bytes": sum(s.bytes_in for s in stats) / stats[0].steps,
+        "host_bytes": sum(s.host_bytes for s in stats),
+        "pool_bytes": sum(s.pool_bytes for s in stats),
+    }
 
 
 @contextmanager
@@ -93,7 +105,7 @@ def _traced_choices() -> Iterator[None]:
 
     def choose(q: Tensor, index: Any, cfg: tls.TLSConfig, scale: float, seq_lens: Tensor) -> Chosen:
         chosen = real(q, index, cfg, scale, seq_lens)
-        return chosen._replace(blocks=index.trace.index_select(0, index.clock % TRACE_STEPS)[0])
+        return chosen._replace(blocks=index.trace.index_select(0, index.clock % index.trace.shape[0])[0])
 
     static.choose_blocks = choose
     try:

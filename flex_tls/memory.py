@@ -8,11 +8,16 @@ import torch
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that tensors could still take on a CUDA device, what torch holds idle included; None elsewhere."""
+    """Bytes that tensors could still take on a CUDA device, what torch holds idle included; None elsewhere.
+
+    Within the share of the device that ``torch.cuda.set_per_process_memory_fraction`` leaves this process.
+    """
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_allocated(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return min(free + torch.cuda.memory_reserved(device) - held, int(share * total) - held)
 
 
 def longest_that_fits(needed_bytes: Callable[[int], int], room_bytes: int, up_to: int) -> int:

@@ -35,11 +35,15 @@ def test_the_longest_that_fits_fits_and_one_more_does_not(
     assert found == max((n for n in range(1, up_to + 1) if needed(n) <= room), default=0)
 
 
-def test_torch_s_idle_reserve_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("share", "free"), [(1.0, 120), (0.17, 120), (0.16, 110), (0.05, 0)])
+def test_torch_s_idle_reserve_and_the_process_s_share_count(
+    monkeypatch: pytest.MonkeyPatch, share: float, free: int
+) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
-    assert free_bytes(torch.device("cuda")) == 120
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
+    assert free_bytes(torch.device("cuda")) == free
     assert free_bytes(torch.device("cpu")) is None
 
 
