@@ -68,7 +68,7 @@ def _ours(model: Any, cache: tls.TLSCache, ids: torch.Tensor, *, chunk_tokens: i
     with torch.no_grad(), enabled(model), sdpa_kernel(kernels):
         read_prompt(model, cache, ids, chunk_tokens=chunk_tokens)
     # What the first sparse step would do
-    cache.refit_if_outgrown()
+    cache.fit_where_due()
 
 
 def _transformers(model: Any, cache: tls.TLSCache, ids: torch.Tensor) -> None:

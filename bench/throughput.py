@@ -16,10 +16,9 @@ import torch
 from flex_tls.offload import host_bytes_available
 
 import flex_tls as tls
-from flex_tls.cli.plan import largest
 from flex_tls.decode import Loop
 from flex_tls.integrations.huggingface import enabled
-from flex_tls.memory import free_bytes
+from flex_tls.memory import free_bytes, longest_that_fits
 from flex_tls.offloaded_layer import OffloadedLayer
 
 from .offloaded import offload_figures, traced_step
@@ -31,6 +30,7 @@ CHUNK_TOKENS = 8192
 ROOM_TOKENS = 64
 # What a step takes beside weights and cache: activations, cuBLAS's workspace, the trace
 SPARE_BYTES = 3 * 10**9
+MOST_ROWS = 1024
 # Of the host's memory, for all that is not keys and values
 SPARE_SHARE = 0.1
 
@@ -112,12 +112,15 @@ def largest_batch(
     room, there = free_bytes(device), host_bytes_available()
     host = min((n for n in (host_bytes, there and int(there * (1 - SPARE_SHARE))) if n is not None), default=None)
 
-    def fits(b: int) -> bool:
-        cache = make_cache(model, cfg, way, b, context, empty=True)
-        on_device = room is None or cache.device_nbytes + SPARE_BYTES <= room
-        return on_device and (host is None or cache.host_nbytes <= host) and (most is None or b <= most)
+    def empty(b: int) -> tls.TLSCache:
+        return make_cache(model, cfg, way, b, context, empty=True)
 
-    return largest(fits, most=2**10)
+    fits = MOST_ROWS if most is None else most
+    if room is not None:
+        fits = longest_that_fits(lambda b: empty(b).device_nbytes, room - SPARE_BYTES, fits)
+    if host is not None:
+        fits = longest_that_fits(lambda b: empty(b).host_nbytes, host, fits)
+    return fits
 
 
 def fill(cache: tls.TLSCache, context: int) -> None:

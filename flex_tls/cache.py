@@ -16,6 +16,7 @@ from .audit import Auditor, OnDrift
 from .cache_layer import Shared, TLSLayer, new_index
 from .config import TLSConfig
 from .device import why_not_here
+from .index import KVIndex, fit
 from .memory import free_bytes, longest_that_fits
 from .model_config import ModelShape, read_model_config
 from .offload import LayerStats, OffloadConfig, ops
@@ -140,6 +141,8 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
             for layer in self.tls_layers:
                 layer.cut(kept.tolist())
         progress.begin(n_new, kept, counts, self._device or torch.device("cpu"))
+        if n_new <= self.cfg.sparse_query_tokens:
+            self.fit_where_due()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -161,15 +164,24 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
             if layer.index is not None:
                 layer.index.advance(n)
 
-    def refit_if_outgrown(self) -> None:
-        """Choose new label projections where the context has outgrown them; eager forwards do it by themselves."""
+    def fit_where_due(self) -> None:
+        """Index what layers hold, and choose new label projections where the context has outgrown them.
+
+        Eager forwards of few tokens do it by themselves. Synchronises if anything is due.
+        """
+        due = [layer for layer in self.tls_layers if layer.fit_is_due]
+        lens = self._shared.progress.held
         with torch.no_grad():
-            for layer in self.tls_layers:
-                layer.refit_if_outgrown()
+            for device in {layer.on_device()[0].device for layer in due}:
+                here = [layer for layer in due if layer.on_device()[0].device == device]
+                indexes = [cast(KVIndex, layer.index) for layer in here]
+                fit(indexes, [layer.key_chunks(max(lens)) for layer in here], torch.tensor(lens, device=device))
+                for layer in here:
+                    layer.label()
 
     @property
     def refit_at_tokens(self) -> float:
-        """Shortest length at which :meth:`refit_if_outgrown` would do something; infinite if none."""
+        """Shortest length at which :meth:`fit_where_due` would fit anew; infinite if none."""
         return min(layer.refit_at_tokens for layer in self.tls_layers)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -273,6 +285,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
             OSError: it could not be written; nothing is left at ``path`` then, and the cache is as before.
         """
         self._settle()
+        self.fit_where_due()
         saved.save(self, path)
 
     @classmethod

@@ -23,11 +23,11 @@ from .ragged import align_left, align_right
 from .record import Recorder
 from .static import decode_layer
 
-# A label projection fitted on this many tokens is not fitted again; before, every time the context has quadrupled
+# Labels are fitted when decoding begins, on all keys and queries of the prompt. A projection fitted on this many tokens
+# is not fitted again; before, every time the context has quadrupled
 FIT_ENOUGH_TOKENS = 4096
 REFIT_GROWTH = 4
-# A prompt that came in chunks is fitted again, with all its queries, by the first sparse step after them if they made
-# the context this much longer
+# What is read later is fitted too, with its queries, if it made the context this much longer
 REFIT_AFTER_CHUNKS = 1.25
 
 
@@ -119,8 +119,6 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
                 key_states = align_left(key_states, step.left_pad)
                 value_states = align_left(value_states, step.left_pad)
             index = self.index
-            if step.n_new <= self.shared.cfg.sparse_query_tokens:
-                self.refit_if_outgrown()
             key_states, value_states = self._write(key_states, value_states, step)
             if index is not None and index.fitted_tokens:
                 index.append(key_states, step.counts)
@@ -133,18 +131,15 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """Attention of the step's queries q [B, HQ, T, D], after :meth:`update`; the last layer ends the step.
 
-        A prompt attends densely and its index is built; so do chunks of more than ``sparse_query_tokens`` queries,
-        ``dense_layers``, and contexts that the budgets hold whole or ``sparse_from_tokens`` is above. All else is
-        two-level attention.
+        A prompt attends densely; so do chunks of more than ``sparse_query_tokens`` queries, ``dense_layers``, and
+        contexts that the budgets hold whole or ``sparse_from_tokens`` is above. All else is two-level attention.
         """
         step, progress = self._step, self.shared.progress
         if step is None or step is not progress.step:
             raise RuntimeError("TLSLayer.attend: expected TLSLayer.update before it in the same forward, got none")
         index = self.index
-        if index is not None and not index.fitted_tokens and min(step.lens_after) > 0:
-            with torch.no_grad():
-                self._build_index(index, q, step)
-        elif index is not None and index.fitted_tokens and step.n_new > self.shared.cfg.sparse_query_tokens:
+        if index is not None and (not index.fitted_tokens or step.n_new > self.shared.cfg.sparse_query_tokens):
+            # What the next fit will weight
             with torch.no_grad():
                 index.observe(q if step.left_pad is None else align_left(q, step.left_pad), step.counts)
         out = self._attend_prompt(q, step, scale) if step.is_fresh else self._attend_past(q, step, scale)
@@ -200,11 +195,11 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
     def cut(self, lens: list[int]) -> None:
         """Keep the first ``lens[b]`` tokens of each row."""
         self._step = None
-        if self.index is None or not self.index.fitted_tokens:
+        if self.index is None:
             return
         if max(lens) == 0:
             self.index.reset()
-        else:
+        elif self.index.fitted_tokens:
             self.index.crop(torch.tensor(lens), self.buffers()[0])
 
     def take_rows(self, rows: Tensor) -> None:
@@ -240,11 +235,13 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         """Columns that fit."""
         return self.shared.max_len
 
-    def refit_if_outgrown(self) -> None:
-        """Choose a new projection if the prompt's later chunks, or decoding since a short prompt, are worth it."""
-        index = self.index
-        if index is not None and index.fitted_tokens and index.max_len >= self.refit_at_tokens:
-            index.refit(self._chunks(index.max_len))
+    @property
+    def fit_is_due(self) -> bool:
+        """Whether the index is to be fitted before the next sparse step."""
+        index, lens = self.index, self.shared.progress.held
+        if index is None or min(lens) == 0:
+            return False
+        return not index.fitted_tokens or index.max_len >= self.refit_at_tokens
 
     @property
     def refit_at_tokens(self) -> float:
@@ -256,28 +253,30 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             return REFIT_AFTER_CHUNKS * index.fitted_tokens
         return REFIT_GROWTH * index.fitted_tokens if index.fitted_tokens < FIT_ENOUGH_TOKENS else math.inf
 
+    def key_chunks(self, n_tokens: int) -> KeyChunks:
+        """The first ``n_tokens`` keys of every row, for the index."""
+        return KeyChunks.of(self.held(n_tokens)[0])
+
+    def label(self) -> None:
+        """Put every token that the cache holds into the index, which has just been fitted."""
+        index, lens = self.index, self.shared.progress.held
+        assert index is not None
+        keys = self.key_chunks(max(lens))
+        if index.max_len:
+            index.relabel(keys)
+            return
+        ragged, first = len(set(lens)) > 1, 0
+        held = torch.tensor(lens, device=index.seq_lens.device)
+        for chunk in keys.read():
+            index.append(chunk, (held - first).clamp(0, chunk.shape[2]) if ragged else None)
+            first += chunk.shape[2]
+
     def _write(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Put the step's keys and values [B, HKV, T, D], left aligned, behind each row's tokens; gives them as held."""
         keys, values = self.buffers()
         _write(keys, k, step)
         _write(values, v, step)
         return k, v
-
-    def _chunks(self, n_tokens: int) -> KeyChunks:
-        """The first ``n_tokens`` keys of every row, for the index."""
-        return KeyChunks.of(self.held(n_tokens)[0])
-
-    def _build_index(self, index: KVIndex, q: Tensor, step: Step) -> None:
-        if step.is_fresh and step.left_pad is not None:
-            q = align_left(q, step.left_pad)
-        # A later chunk's queries with padding among them would spoil the fit: keys alone do then
-        fitting = q[:, :, : step.longest] if step.is_fresh else None if step.counts is not None else q
-        keys = self._chunks(step.longest)
-        index.fit(keys, step.seq_lens, fitting)
-        same, first = len(set(step.lens_after)) == 1, 0
-        for chunk in keys.read():
-            index.append(chunk, None if same else (step.seq_lens - first).clamp(0, chunk.shape[2]))
-            first += chunk.shape[2]
 
     def _prompt(self, step: Step) -> tuple[Tensor, Tensor]:
         """Keys and values [B, HKV, T, D] of a fresh cache's first tokens, left aligned."""

@@ -201,7 +201,7 @@ class Loop:
     def compiled_steps(self, n: int) -> Generator[Tensor, None, None]:
         """As :meth:`eager_steps`, compiled; on CUDA the host is up to LAG steps behind the device."""
         cache, cfg = self.cache, self.cache.cfg
-        cache.refit_if_outgrown()
+        cache.fit_where_due()
         if n and not cache.prepare():
             # The next step waits for all that it selects
             yield from self.eager_steps(1)
@@ -219,7 +219,7 @@ class Loop:
                     if longest >= refit_at:
                         cache.advance(done - counted)
                         counted = done
-                        cache.refit_if_outgrown()
+                        cache.fit_where_due()
                         refit_at = cache.refit_at_tokens
                     if run is None or now_sparse != sparse:
                         run, sparse = self.build(now_sparse), now_sparse

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from . import labels
 from ._check import check_no_nan, check_seq_lens, check_tensor
 from .config import TLSConfig
 from .labels import TokenLabels
@@ -170,22 +172,12 @@ class KVIndex:
         """
         keys = KeyChunks.of(k)
         lens = check_seq_lens(seq_lens, self.batch_size, keys.n_tokens, self.seq_lens.device)
-        for first, chunk in self._chunks(keys):
-            check_no_nan("k", chunk, self._slots(first, chunk) < lens[:, None], first)
+        self._check_numbers(keys, lens)
         if q is not None:
             self._check_queries(q)
             self.labels.forget_queries()
             self.observe(q, lens if q.shape[2] == keys.n_tokens else None)
-
-        def weighted() -> Iterator[tuple[Tensor, Tensor]]:
-            for first, chunk in self._chunks(keys):
-                slot = self._slots(first, chunk)
-                counts = (slot >= self.cfg.sink_tokens) | (lens[:, None] <= 4 * self.cfg.sink_tokens)
-                yield chunk, (slot < lens[:, None]) & counts
-
-        self.labels.fit(weighted, self.cfg.label_basis)
-        self.fitted_tokens = int(lens.max())
-        self.observed_tokens = 0
+        _fit([self], [keys], lens)
 
     def observe(self, q: Tensor, counts: Tensor | None = None) -> None:
         """Note queries q [B, HQ, T, D] of a prompt's chunk, left aligned, for the next :meth:`fit` or :meth:`refit`.
@@ -205,6 +197,10 @@ class KVIndex:
         For contexts that outgrew what the projection was fitted on. Synchronises.
         """
         self.fit(k, self.seq_lens)
+        self.relabel(k)
+
+    def relabel(self, k: Tensor | KeyChunks) -> None:
+        """Label the cached keys k [B, HKV, S, D] anew, after a fit."""
         for first, chunk in self._chunks(KeyChunks.of(k)):
             self.labels.write(chunk, torch.full_like(self.seq_lens, first))
 
@@ -304,6 +300,18 @@ class KVIndex:
             yield first, chunk
             first += chunk.shape[2]
 
+    def _weighted(self, keys: KeyChunks, lens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(keys, weight bool [B, S']) of each chunk of rows of ``lens`` int64 [B]: what a fit counts."""
+        for first, chunk in self._chunks(keys):
+            slot = self._slots(first, chunk)
+            counts = (slot >= self.cfg.sink_tokens) | (lens[:, None] <= 4 * self.cfg.sink_tokens)
+            yield chunk, (slot < lens[:, None]) & counts
+
+    def _check_numbers(self, keys: KeyChunks, lens: Tensor) -> None:
+        """Raise ValueError if a token of rows of ``lens`` int64 [B] has NaN in its key."""
+        for first, chunk in self._chunks(keys):
+            check_no_nan("k", chunk, self._slots(first, chunk) < lens[:, None], first)
+
     def _slots(self, first: int, chunk: Tensor) -> Tensor:
         return torch.arange(first, first + chunk.shape[2], device=chunk.device)
 
@@ -327,6 +335,24 @@ class KVIndex:
                 f"index: expected at most capacity_tokens={self.capacity_tokens} tokens a row, {longest} needed; "
                 f"build it with capacity_tokens of at least {longest}"
             )
+
+
+def fit(indexes: Sequence[KVIndex], keys: Sequence[KeyChunks], lens: Tensor) -> None:
+    """:meth:`KVIndex.fit` of several layers of one configuration, with the queries that each has observed.
+
+    ``keys``: of each layer, for rows of ``lens`` int64 [B]. Synchronises.
+    """
+    for index, k in zip(indexes, keys, strict=True):
+        index._check_numbers(k, lens)
+    _fit(indexes, keys, lens)
+
+
+def _fit(indexes: Sequence[KVIndex], keys: Sequence[KeyChunks], lens: Tensor) -> None:
+    weighted = [partial(index._weighted, k, lens) for index, k in zip(indexes, keys, strict=True)]
+    labels.fit([index.labels for index in indexes], weighted, indexes[0].cfg.label_basis)
+    for index in indexes:
+        index.fitted_tokens = int(lens.max())
+        index.observed_tokens = 0
 
 
 def _take_rows(buffer: Tensor, rows: Tensor) -> Tensor:

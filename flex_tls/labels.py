@@ -9,7 +9,7 @@ Centring shifts all scores of one query by the same amount, which no ranking and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -22,6 +22,10 @@ from .device import why_not_here
 # Of subspace iteration: what labels miss is then some .1 % more than the least. With 16, one head in a thousand missed
 # over a tenth more, where the start lay across one of the directions; with 32 none of 80,000 (D = 24)
 ROUNDS = 32
+
+
+# A layer's keys, in pieces k [B, HKV, S', D] with their weight bool [B, S'], to be read more than once
+Keys = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 @dataclass
@@ -94,38 +98,15 @@ class TokenLabels:
         self.query_sum += products.view(self.query_sum.shape)
         self.query_count += weight.sum(1) * (hq // n_kv_heads)
 
-    def fit(self, chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]], basis: LabelBasis = "lowrank") -> None:
-        """Choose projection and quantiser from keys and from the queries seen.
-
-        ``chunks`` yields the keys twice over, in pieces k [B, HKV, S', D] with their weight bool [B, S'].
-        """
-        if self.bits is None:
-            return
-        count = center = total = torch.empty(0)
-        for k, weight in chunks():
-            out_of_reach = ~weight[:, None, :, None]
-            k32, n = k.float().masked_fill(out_of_reach, 0.0), weight.sum(1).to(torch.float32)[:, None, None]
-            mean = k32.sum(2) / n.clamp_min(1.0)
-            centred = (k32 - mean[:, :, None]).masked_fill(out_of_reach, 0.0)
-            moment = centred.transpose(-1, -2) @ centred
-            if not count.numel():
-                count, center, total = n, mean, moment
-                continue
-            # Chan, Golub, LeVeque 1979: moments about each piece's own mean, joined without cancellation
-            both, shift = (count + n).clamp_min(1.0), mean - center
-            total = total + moment + shift[..., None] * shift[:, :, None] * (count * n / both)[..., None]
-            center, count = center + shift * (n / both), count + n
-        assert count.numel()
-        count = count.clamp_min(1.0)
-        ck = total / count[..., None]
-        to_label, to_query = _BASES[basis](ck, _moment(self.query_sum, self.query_count), self.low.shape[-1])
-        self.to_query.copy_(to_query)
+    def quantise(self, keys: Keys, center: Tensor, to_label: Tensor) -> None:
+        """Take the projection ``to_label`` [B, HKV, D, C] of centred keys, and the range that it gives them."""
         low, high = torch.full_like(self.low, torch.inf), torch.full_like(self.low, -torch.inf)
-        for k, weight in chunks():
+        for k, weight in keys():
             labels = (k.float() - center[:, :, None]) @ to_label
             out_of_reach = ~weight[:, None, :, None]
             low = low.minimum(labels.masked_fill(out_of_reach, torch.inf).amin(2))
             high = high.maximum(labels.masked_fill(out_of_reach, -torch.inf).amax(2))
+        assert self.bits is not None
         levels = 2**self.bits - 1
         self.low.copy_(low)
         bias = (center[:, :, None] @ to_label)[:, :, 0] + low
@@ -204,6 +185,23 @@ class TokenLabels:
         return base + unit * total
 
 
+def fit(labels: Sequence[TokenLabels], keys: Sequence[Keys], basis: LabelBasis = "lowrank") -> None:
+    """Choose projection and quantiser of several layers, of each from its keys and from the queries that it has seen.
+
+    What a layer's few small matrices take is launches: those of all layers go through each step at once.
+    """
+    if labels[0].bits is None:
+        return
+    moments = [_key_moment(each()) for each in keys]
+    asked = [_moment(each.query_sum, each.query_count) for each in labels]
+    to_label, to_query = _BASES[basis](
+        torch.stack([moment for _, moment in moments]), torch.stack(asked), labels[0].low.shape[-1]
+    )
+    for i, (each, (center, _)) in enumerate(zip(labels, moments, strict=True)):
+        each.to_query.copy_(to_query[i])
+        each.quantise(keys[i], center, to_label[i])
+
+
 @torch.library.custom_op("flex_tls::label_keys", mutates_args=("codes",))
 def label_keys(
     k: Tensor, start: Tensor, counts: Tensor | None, codes: Tensor, to_code: Tensor, offset: Tensor, bits: int
@@ -215,6 +213,26 @@ def label_keys(
     start, counts = start.contiguous(), None if counts is None else counts.contiguous()
     with torch.cuda.device_of(k):  # type: ignore[no-untyped-call,unused-ignore]
         launch_label_keys(k, start, counts, codes, to_code, offset, bits=bits)
+
+
+def _key_moment(keys: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean [B, HKV, D] and second moment about it [B, HKV, D, D] of weighted keys, float32."""
+    count = center = total = torch.empty(0)
+    for k, weight in keys:
+        out_of_reach = ~weight[:, None, :, None]
+        k32, n = k.float().masked_fill(out_of_reach, 0.0), weight.sum(1).to(torch.float32)[:, None, None]
+        mean = k32.sum(2) / n.clamp_min(1.0)
+        centred = (k32 - mean[:, :, None]).masked_fill(out_of_reach, 0.0)
+        moment = centred.transpose(-1, -2) @ centred
+        if not count.numel():
+            count, center, total = n, mean, moment
+            continue
+        # Chan, Golub, LeVeque 1979: moments about each piece's own mean, joined without cancellation
+        both, shift = (count + n).clamp_min(1.0), mean - center
+        total = total + moment + shift[..., None] * shift[:, :, None] * (count * n / both)[..., None]
+        center, count = center + shift * (n / both), count + n
+    assert count.numel()
+    return center, total / count.clamp_min(1.0)[..., None]
 
 
 def _moment(total: Tensor, count: Tensor) -> Tensor:
@@ -229,7 +247,7 @@ def _moment(total: Tensor, count: Tensor) -> Tensor:
 
 
 def _leading_directions(ck: Tensor, cq: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """(A V, A^-T V), both [B, HKV, D, n], of the keys' and the queries' second moments [B, HKV, D, D].
+    """(A V, A^-T V), both [..., D, n], of the keys' and the queries' second moments [..., D, D].
 
     Any A with A A^T = Cq gives the same labels; Cholesky's factor takes no eigenproblem.
     """
@@ -239,7 +257,7 @@ def _leading_directions(ck: Tensor, cq: Tensor, n: int) -> tuple[Tensor, Tensor]
 
 
 def _leading(moment: Tensor, n: int) -> Tensor:
-    """Orthonormal [B, HKV, D, n]: nearly the leading eigenvectors of ``moment``, the heaviest first.
+    """Orthonormal [..., D, n]: nearly the leading eigenvectors of ``moment``, the heaviest first.
 
     By subspace iteration: cuSOLVER finds eigenvectors of one matrix at a time, a millisecond each. Every prefix of the
     columns iterates for itself, so that the leading channels are the best of their number too. In float64, where
@@ -262,7 +280,7 @@ def _leading(moment: Tensor, n: int) -> Tensor:
 
 
 def _heaviest_channels(ck: Tensor, cq: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Columns of the identity, twice [B, HKV, D, n], the heaviest channel first; without queries by the keys alone."""
+    """Columns of the identity, twice [..., D, n], the heaviest channel first; without queries by the keys alone."""
     weight = ck.diagonal(dim1=-1, dim2=-2)
     asked = cq.diagonal(dim1=-1, dim2=-2)
     weight = weight * torch.where(asked.sum(-1, keepdim=True) > 0, asked, 1.0)

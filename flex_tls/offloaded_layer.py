@@ -162,12 +162,11 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
         if self.engine is None or self.index is None:
             return
         self.engine.cut(lens)
-        if self.index.fitted_tokens:
-            if max(lens) == 0:
-                self.index.reset()
-            else:
-                keys = None if self.index.summary is None else self.buffers()[0]
-                self.index.crop(torch.tensor(lens), keys)
+        if max(lens) == 0:
+            self.index.reset()
+        elif self.index.fitted_tokens:
+            keys = None if self.index.summary is None else self.buffers()[0]
+            self.index.crop(torch.tensor(lens), keys)
 
     def take_rows(self, rows: Tensor) -> None:
         """Row i becomes the former row ``rows[i]``; a batch of another size gets new buffers."""
@@ -240,10 +239,6 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
     ) -> Attended:  # fmt: skip
         engine = self.opened()
         n_written, start = step.n_new, step.start
-        if not engine.is_open:
-            # The index was built in this very step: the new tokens went to the store
-            self._open(step.seq_lens)
-            n_written, start = 0, step.seq_lens
         parts = []
         for part, view, positions, scored in self._pieces(q, index, mask_mod, scale):
             ids, counts = engine.step(
@@ -297,11 +292,9 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
         assert self._reader is not None
         return self._reader.read(self.opened().store, row, n_tokens)
 
-    def _chunks(self, n_tokens: int) -> KeyChunks:
-        engine, step = self.opened(), self._step
-        if self._new is not None and step is not None and step.is_fresh:
-            # A prompt in one piece is still on the device
-            return KeyChunks.of(self._new[0][:, :, :n_tokens])
+    def key_chunks(self, n_tokens: int) -> KeyChunks:
+        """As :meth:`TLSLayer.key_chunks`, streamed from the host."""
+        engine = self.opened()
         engine.join()
         store, device = engine.store, engine.pool.slots.device
         if device.type == "cpu":

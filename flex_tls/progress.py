@@ -118,6 +118,11 @@ class Progress:
                 )
         return kept, None if bool(new.all()) else new.sum(1)
 
+    @property
+    def held(self) -> list[int]:
+        """Tokens of each row that the buffers hold, whether or not a forward is under way."""
+        return self.lens if self.step is None else list(self.step.lens_before)
+
     def begin(self, n_new: int, kept: Tensor | None, counts: Tensor | None, device: torch.device) -> None:
         """Start a forward with what :meth:`read_mask` found; rows were cut to ``kept`` by the caller."""
         before = tuple(self.lens if kept is None else kept.tolist())

@@ -12,6 +12,8 @@ import triton
 NATIVE: bool = not triton.knobs.runtime.interpret
 # That share a row, by the rule
 MOST_PROGRAMS = 16
+# A tile of labels takes as long as its tokens and these
+TILE_TOKENS = 256
 
 
 class Tiles(NamedTuple):
@@ -40,9 +42,15 @@ class Tiles(NamedTuple):
         size = min(padded(n, 256 * self.warps if NATIVE else 32), self.choose)
         return size, -(-n // size)
 
-    def blocks_of(self, words: int, of_label: int, block_size: int) -> int:
-        """Blocks whose labels, ``of_label`` words each, are some ``words`` in all; a power of two."""
-        return max(1, words // (padded(of_label) * block_size))
+    def blocks_of(self, words: int, of_label: int, block_size: int, n: int) -> int:
+        """Blocks that a program takes at once of its share of ``n``; a power of two, at least two tokens a thread.
+
+        At most those whose labels, ``of_label`` words each, are some ``words`` in all; fewer where the last of such
+        tiles would be idle for longer than more tiles take.
+        """
+        most, share = max(1, words // (padded(of_label) * block_size)), -(-n // self.programs)
+        sizes = [most >> i for i in range(most.bit_length()) if i == 0 or (most >> i) * block_size >= 64 * self.warps]
+        return min(sizes, key=lambda size: -(-share // size) * (size * block_size + TILE_TOKENS))
 
 
 # On small shapes: several tiles, programs and chunks all the same

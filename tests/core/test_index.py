@@ -6,7 +6,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flex_tls import KVIndex, TLSConfig
+from flex_tls.index import KeyChunks, fit
 from flex_tls.labels import TokenLabels
+from flex_tls.labels import fit as fit_labels
 from flex_tls.ragged import align_left, align_right
 from tests.cases import KINDS, Case, cases
 
@@ -134,6 +136,27 @@ def test_observing_queries_in_chunks_then_refitting_equals_fitting_on_all(case: 
     assert index.observed_tokens == 0
 
 
+@given(cases(kinds=("lowrank",)), st.integers(1, 3))
+def test_layers_fitted_together_are_each_as_fitted_alone(case: Case, n_layers: int) -> None:
+    # As many queries as keys would be taken row by row
+    assume(case.q.shape[2] != case.k.shape[2])
+    alone, together, keys = [], [], []
+    for number in range(n_layers):
+        k = case.k + number * case.k.flip(2)
+        index = KVIndex.build(k, case.cfg, case.seq_lens, q=case.q)
+        other = KVIndex.build(case.k, case.cfg, case.seq_lens)
+        other.labels.forget_queries()
+        other.observe(case.q)
+        alone.append(index)
+        together.append(other)
+        keys.append(KeyChunks.of(k))
+    fit(together, keys, case.seq_lens)
+    for index, other, k in zip(alone, together, keys, strict=True):
+        other.relabel(k)
+        assert other.fitted_tokens == index.fitted_tokens
+        assert_same(index, other, case.q)
+
+
 @pytest.mark.parametrize("dims", [1, 7, 8, 16])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_survive_packing(bits: int, dims: int) -> None:
@@ -141,7 +164,7 @@ def test_codes_survive_packing(bits: int, dims: int) -> None:
     gen = torch.Generator().manual_seed(bits)
     k, q = torch.randn(2, 3, 70, 16, generator=gen), torch.randn(2, 3, 5, 16, generator=gen)
     labels = TokenLabels.empty(2, 3, 70, 16, dims=dims, bits=bits, device=k.device)
-    labels.fit(lambda: [(k, torch.ones(2, 70, dtype=torch.bool))])
+    fit_labels([labels], [lambda: [(k, torch.ones(2, 70, dtype=torch.bool))]])
     labels.codes.copy_(labels.encode(k))
     place = k @ labels.to_code + labels.offset[:, :, None]
     code = place.round().clamp(0, 2**bits - 1)
