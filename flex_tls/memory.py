@@ -16,7 +16,9 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_allocated(device)
-    share = torch.cuda.get_per_process_memory_fraction(device)
+    # The one of these that takes no "cuda" without a number (torch 2.11)
+    number = torch.cuda.current_device() if device.index is None else device.index
+    share = torch.cuda.get_per_process_memory_fraction(number)
     return min(free + torch.cuda.memory_reserved(device) - held, int(share * total) - held)
 
 

@@ -42,8 +42,10 @@ def test_torch_s_idle_reserve_and_the_process_s_share_count(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", {3: share, 0: share / 2}.__getitem__)
     assert free_bytes(torch.device("cuda")) == free
+    assert free_bytes(torch.device("cuda", 0)) == min(120, int(share / 2 * 1000) - 50)
     assert free_bytes(torch.device("cpu")) is None
 
 
