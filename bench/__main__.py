@@ -215,12 +215,14 @@ def run_tries(args: argparse.Namespace) -> int:
 
     from .tries import key_of, make_tries, measure, read, table
 
-    tries = make_tries(args.tries.split(","), config(args.context, args.block_budget, args.token_budget, 32))
+    tries = make_tries(
+        args.tries.split(","), config(args.context, args.block_budget, args.token_budget, args.block_size)
+    )
     model, tokenizer, origin = load_for_rows(None, "cpu", "float32", "reference", None, Console())
     documents = read_documents(args.texts, tokenizer, args.context + args.scored, args.documents)
     found = {key_of(row): row for row in read(args.out)}
     for document in documents:
-        budgets = 32, tries[0].cfg.block_budget, tries[0].cfg.token_budget
+        budgets = args.block_size, tries[0].cfg.block_budget, tries[0].cfg.token_budget
         missing = [
             each for each in tries
             if (origin.model, args.context, args.scored, *budgets, each.name, document.digest) not in found
@@ -336,6 +338,7 @@ def _parser() -> argparse.ArgumentParser:
     tries.add_argument("--documents", type=int, default=24, help="files to read, at most")
     tries.add_argument("--block-budget", default="1/4", help="count or share of the context")
     tries.add_argument("--token-budget", default="1/8", help="count or share of the context")
+    tries.add_argument("--block-size", type=int, default=32)
     tries.add_argument("--out", type=Path, default=ROWS.with_name("tries.jsonl"))
     tries.set_defaults(command=run_tries)
     tune = commands.add_parser("tune", help="search settings, write their table").add_subparsers(required=True)

@@ -2,7 +2,8 @@
 
 Each is ours with one thing changed, as a patch over the package's reference backend, at equal bytes and equal budgets:
 labels whose channels have several widths ("8x4+16x2": 8 channels of 4 bits, then 16 of 2), and rules that share a
-budget out among the KV heads of a layer or of the model, or among queries ("blocks:share:model:query").
+budget out among the KV heads of a layer or of the model, or among queries ("blocks:share:model:query"). Several
+changes at once are joined by a slash, "oracle" among them: exact keys for labels.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 from unittest.mock import patch
@@ -51,8 +52,6 @@ SETS = {"bits": BITS, "blocks": BUDGETS[:8], "tokens": BUDGETS[8:]}
 
 # The prompt's last queries, by which budgets are shared out
 MEASURED_QUERIES = 64
-# A head or a query gets at most this many times the budget
-MOST = 4
 
 
 class Width(NamedTuple):
@@ -130,26 +129,27 @@ class Rule:
         within: where totals are equal and one threshold holds, each "layer" or the whole "model".
         when: what the threshold decides: counts of each KV head, their means over the prompt's last queries ("prompt");
             or each "query"'s count, so that totals are equal on average, if decoding resembles these queries.
+        most: times the uniform budget that a head or a query gets at most.
     """
 
     level: Literal["blocks", "tokens"]
     by: Literal["share", "value"]
     within: Literal["layer", "model"]
     when: Literal["prompt", "query"]
+    most: int = 4
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """``"blocks:share:model:query"``."""
-        words = text.split(":")
-        allowed = (("blocks", "tokens"), ("share", "value"), ("layer", "model"), ("prompt", "query"))
-        if len(words) != 4 or any(word not in some for word, some in zip(words, allowed, strict=True)):
-            raise ValueError(f"rule: expected one of {', '.join(BUDGETS)}, got {text!r}")
-        return cls(*words)  # type: ignore[arg-type]
+        """``"blocks:share:model:query"``, and ``":x2"`` behind it for ``most``."""
+        rule, _, most = text.partition(":x")
+        if rule not in BUDGETS or not (most or "4").isdigit():
+            raise ValueError(f"rule: expected one of {', '.join(BUDGETS)}, with :x2 if wanted, got {text!r}")
+        return cls(*rule.split(":"), int(most or 4))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Try(Method):
-    """Ours with one change: other labels, a rule for a budget, or none."""
+    """Ours with other labels, a rule for a budget, both, or neither."""
 
     labels: tuple[Width, ...] | None = None
     rule: Rule | None = None
@@ -158,12 +158,19 @@ class Try(Method):
 def make_tries(specs: Sequence[str], cfg: TLSConfig) -> list[Try]:
     """Names, or names of :data:`SETS`; :data:`BASE` is always the first."""
     names = dict.fromkeys([BASE, *(name for spec in specs for name in SETS.get(spec, (spec,)))])
-    return [
-        Try(name, cfg) if name == BASE
-        else Try(name, cfg, rule=Rule.parse(name)) if ":" in name
-        else Try(name, cfg, labels=widths(name))
-        for name in names
-    ]  # fmt: skip
+    return [_make_try(name, cfg) for name in names]
+
+
+def _make_try(name: str, cfg: TLSConfig) -> Try:
+    made = Try(name, cfg)
+    for change in name.split("/"):
+        if change == "oracle":
+            made = replace(made, cfg=replace(cfg, index="oracle"))
+        elif ":" in change:
+            made = replace(made, rule=Rule.parse(change))
+        elif change != BASE:
+            made = replace(made, labels=widths(change))
+    return made
 
 
 def share_out(weights: Tensor, total: int, least: int, most: int) -> Tensor:
@@ -234,10 +241,10 @@ class Sharing:
             # Level 2 finds its budget in every head, be the newest block all but empty
             self.budget = cfg.kept_blocks
             self.least = max(cfg.forced_blocks, -(-cfg.token_budget // cfg.block_size) + 1)
-            self.most = min(MOST * self.budget, indices[0].n_blocks)
+            self.most = min(rule.most * self.budget, indices[0].n_blocks)
         else:
             self.budget, self.least = cfg.token_budget, cfg.sink_tokens + cfg.recent_tokens
-            self.most = min(MOST * self.budget, cfg.kept_blocks * cfg.block_size)
+            self.most = min(rule.most * self.budget, cfg.kept_blocks * cfg.block_size)
         self._noted: list[Tensor] = []
         self._is_ready = False
         with self.patched():
@@ -372,17 +379,23 @@ def measure(
             model, ids, context_tokens, tries, backend="reference", step_tokens=16
         ):
             assert isinstance(method, Try)
-            assert method.cfg is not None
             blocks, tokens = made[0].kept.means
             yield {
                 "bench": "tries", **asdict(origin), "try": method.name, "config": method.config,
                 "document": document.name, "digest": document.digest, "half": half, "context_tokens": context_tokens,
                 "score_tokens": ids.shape[1] - context_tokens,
-                "label_bytes": label_bytes(method.cfg, method.cfg.label_dims, made[0].head_dim)
-                if method.labels is None else bytes_of(method.labels),
+                "label_bytes": _label_bytes(method, made[0].head_dim),
                 "kept_blocks": blocks, "kept_tokens": tokens, "kl": score.kl, "nll": score.nll,
                 "nll_dense": score.nll_dense, "agreement": score.agreement,
             }  # fmt: skip
+
+
+def _label_bytes(method: Try, head_dim: int) -> int:
+    """Of one token; exact keys in 16 bits."""
+    assert method.cfg is not None
+    if method.labels is not None:
+        return bytes_of(method.labels)
+    return 2 * head_dim if method.cfg.index == "oracle" else label_bytes(method.cfg, method.cfg.label_dims, head_dim)
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -398,7 +411,17 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, a line a budget and try: KL, and its ratio to ours on the same documents, with 95 % intervals."""
-    head = ("blocks, tokens", "try", "label bytes", "kept blocks", "kept tokens", "KL", "/ ours", *HALVES, "documents")
+    head = (
+        "blocks of, blocks, tokens",
+        "try",
+        "label bytes",
+        "kept blocks",
+        "kept tokens",
+        "KL",
+        "/ ours",
+        *HALVES,
+        "documents",
+    )
     lines = [head, ("---",) * len(head)]
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -415,7 +438,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             ratios.append(f"{ratio.mean:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "")
         lines.append(
             (
-                f"{cfg['block_budget']:,}, {cfg['token_budget']:,}",
+                f"{cfg['block_size']}, {cfg['block_budget']:,}, {cfg['token_budget']:,}",
                 f"`{key[-1]}`",
                 str(next(iter(found.values()))["label_bytes"]),
                 *(f"{x:.1f}" for x in kept),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -138,5 +140,9 @@ def test_a_rule_keeps_the_budget_of_the_queries_that_it_was_made_for(name: str) 
 def test_ours_comes_first_and_an_unknown_rule_is_refused() -> None:
     cfg = tls.TLSConfig()
     assert [each.name for each in make_tries(["8x8+16x4", "blocks"], cfg)] == ["ours", "8x8+16x4", *BUDGETS[:8]]
-    with pytest.raises(ValueError, match="rule: expected one of blocks:share"):
-        make_tries(["blocks:share:head:query"], cfg)
+    both = make_tries(["oracle/blocks:value:model:prompt:x2"], cfg)[1]
+    assert both.cfg == replace(cfg, index="oracle")
+    assert both.rule == Rule("blocks", "value", "model", "prompt", most=2)
+    for unknown in ("blocks:share:head:query", "blocks:share:model:query:xx"):
+        with pytest.raises(ValueError, match="rule: expected one of blocks:share"):
+            make_tries([unknown], cfg)
