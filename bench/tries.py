@@ -111,7 +111,7 @@ class MixedLabels(TokenLabels):
         asked = q.float() @ self.to_query
         base = asked * self.low[:, :, None]
         exact = asked * self.step[:, :, None]
-        parts = exact.split([part.channels for part in self.widths], dim=-1)
+        parts = torch.split(exact, [part.channels for part in self.widths], dim=-1)  # type: ignore[no-untyped-call,unused-ignore]
         unit = torch.cat([x.abs().amax(-1, keepdim=True).expand_as(x) for x in parts], -1).clamp_min(1e-30) / 127
         rounded = (exact / unit + 0.5).floor() * unit
         base = base + (exact - rounded) * self.levels / 2
@@ -144,7 +144,8 @@ class Rule:
         rule, _, most = text.partition(":x")
         if rule not in BUDGETS or not (most or "4").isdigit():
             raise ValueError(f"rule: expected one of {', '.join(BUDGETS)}, with :x2 if wanted, got {text!r}")
-        return cls(*rule.split(":"), int(most or 4))  # type: ignore[arg-type]
+        level, by, within, when = cast(tuple[Any, Any, Any, Any], rule.split(":"))
+        return cls(level, by, within, when, int(most or 4))
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ class Sharing:
                 selection.select(q, each, cfg, None, None, None)
         # Layer by layer: L, B, HKV, T, N
         need = torch.stack(self._noted)
-        groups = [need] if rule.within == "model" else list(need.split(1))
+        groups = [need] if rule.within == "model" else list(need[:, None])
         limits = [threshold_for(x, self.budget, self.least, self.most) for x in groups]
         self.thresholds = limits * (len(need) // len(limits))
         means = [
@@ -406,7 +407,12 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Every row of a file."""
-    return jsonl.read(path, lambda row: key_of(row) and row, "expected a row of `python -m bench run tries`")
+    return jsonl.read(path, _row, "expected a row of `python -m bench run tries`")
+
+
+def _row(found: dict[str, Any]) -> dict[str, Any]:
+    key_of(found)
+    return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
