@@ -204,6 +204,37 @@ def run_synthetic(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_tries(args: argparse.Namespace) -> int:
+    """Ideas for index and budgets against ours, document by document."""
+    from rich.console import Console
+
+    from flex_tls import jsonl
+    from flex_tls.cli.evaluate_common import load_for_rows
+    from flex_tls.cli.options import config
+    from flex_tls.evaluate.documents import read_documents
+
+    from .tries import key_of, make_tries, measure, read, table
+
+    tries = make_tries(
+        args.tries.split(","), config(args.context, args.block_budget, args.token_budget, args.block_size)
+    )
+    model, tokenizer, origin = load_for_rows(None, "cpu", "float32", "reference", None, Console())
+    documents = read_documents(args.texts, tokenizer, args.context + args.scored, args.documents)
+    found = {key_of(row): row for row in read(args.out)}
+    for document in documents:
+        budgets = args.block_size, tries[0].cfg.block_budget, tries[0].cfg.token_budget
+        missing = [
+            each for each in tries
+            if (origin.model, args.context, args.scored, *budgets, each.name, document.digest) not in found
+        ]  # fmt: skip
+        for row in measure(model, origin, document, args.context, missing) if missing else ():
+            jsonl.append(args.out, [row])
+            found[key_of(row)] = row
+            print(f"{document.name}, {row['try']}: KL {row['kl']:.4f}", flush=True)
+    print(table(list(found.values())))
+    return 0
+
+
 def plot_operator(args: argparse.Namespace) -> int:
     """Draw the latest rows and print them as a table."""
     from .plots import draw_all
@@ -299,6 +330,17 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--out", type=Path, default=ROWS.with_name("synthetic.jsonl"))
     options.add_machine(synthetic, device="cpu")
     synthetic.set_defaults(command=run_synthetic)
+    tries = run.add_parser("tries", help="ideas for index and budgets on SmolLM2, at equal bytes and budgets; CPU")
+    tries.add_argument("texts", type=Path, nargs="*", default=[rows.ROOT / "out" / "texts"], help="files, folders")
+    tries.add_argument("--tries", default="bits,blocks,tokens", help="sets or names of bench/tries.py, comma-separated")
+    tries.add_argument("--context", type=int, default=3072, help="tokens before the first scored one")
+    tries.add_argument("--scored", type=int, default=64, help="tokens scored in each document")
+    tries.add_argument("--documents", type=int, default=24, help="files to read, at most")
+    tries.add_argument("--block-budget", default="1/4", help="count or share of the context")
+    tries.add_argument("--token-budget", default="1/8", help="count or share of the context")
+    tries.add_argument("--block-size", type=int, default=32)
+    tries.add_argument("--out", type=Path, default=ROWS.with_name("tries.jsonl"))
+    tries.set_defaults(command=run_tries)
     tune = commands.add_parser("tune", help="search settings, write their table").add_subparsers(required=True)
     tuning = tune.add_parser("operator", help="the fused kernel's tiles, by shape")
     tuning.add_argument("--cases", help="names or patterns, comma-separated (default: four at 96k tokens)")
