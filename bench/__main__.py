@@ -170,8 +170,10 @@ def run_offload(args: argparse.Namespace) -> int:
 
 
 def _offload_quality(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, object]]:
-    """Rows of real weights and text: the standard library's source, and a passage of it that comes again."""
-    import flex_tls as tls
+    """Rows of real weights and text: the standard library's source and its manual, and a passage that comes again."""
+    import pydoc_data.topics
+
+    from flex_tls.cli.options import config
     from flex_tls.cli.texts import library_source
     from flex_tls.cli.weights import load_smollm2
 
@@ -180,11 +182,20 @@ def _offload_quality(args: argparse.Namespace, device: torch.device) -> Iterator
     model, tokenizer = load_smollm2()
     model = model.to(device)
     n, scored = args.tokens, 32 if args.quick else 128
-    ids = tokenizer(library_source(), return_tensors="pt").input_ids.to(device)
-    texts = {"code": ids[:, 4000 : 4000 + n], "copy": torch.cat([ids[:, : n - scored], ids[:, 700 : 700 + scored]], 1)}
-    cfg = tls.TLSConfig(block_size=32, block_budget=n // 8, token_budget=n // 16, sink_tokens=32, recent_tokens=32)
-    for text, each in texts.items():
-        yield from measure(model, "smollm2-135m", text, each, scored, cfg, args.pool, list(PROVIDERS))
+    code = tokenizer(library_source(), return_tensors="pt").input_ids.to(device)
+    manual = tokenizer("\n".join(pydoc_data.topics.topics.values())[: 8 * n], return_tensors="pt").input_ids.to(device)
+    texts = {
+        "code": code[:, 4000 : 4000 + n],
+        "copy": torch.cat([code[:, : n - scored], code[:, 700 : 700 + scored]], 1),
+        "manual": manual[:, :n],
+        "later code": code[:, -n:],
+    }
+    cfg = config(n - scored, args.block_budget, args.token_budget, 32)
+    providers = _matching(args.providers, PROVIDERS, "providers")
+    # Slots by layer come from the first text, for the others
+    balanced: dict[float, tuple[int, ...]] = {}
+    for text in _matching(args.texts, texts, "texts"):
+        yield from measure(model, "smollm2-135m", text, texts[text], scored, cfg, args.pool, providers, balanced)
 
 
 def run_synthetic(args: argparse.Namespace) -> int:
@@ -317,6 +328,10 @@ def _parser() -> argparse.ArgumentParser:
     offload.add_argument(
         "--pool", type=options.shares, default=[2.0], help="slots in block budgets; quality: several, 1.1,2"
     )
+    offload.add_argument("--block-budget", default="1/4", help="quality: count or share of the context")
+    offload.add_argument("--token-budget", default="1/8", help="quality: count or share of the context")
+    offload.add_argument("--providers", default="*", help="quality: names or patterns, comma-separated")
+    offload.add_argument("--texts", default="*", help="quality: code, copy, manual, later code, comma-separated")
     offload.add_argument("--runs", type=int, default=20, help="samples per provider, at least 2")
     offload.add_argument("--out", type=Path, help="rows file, appended to (default bench/results/offload.jsonl)")
     options.add_machine(offload, quick=True)

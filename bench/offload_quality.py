@@ -23,16 +23,21 @@ PROVIDERS: dict[str, dict[str, Any]] = {
     "async_selected": {"policy": "async", "attend_resident": False},
     "corrected": {"policy": "corrected"},
     "corrected_selected": {"policy": "corrected", "attend_resident": False},
+    "async_balanced": {"policy": "async"},
 }
+BALANCED = "async_balanced"
 
 
 def measure(
     model: Any, name: str, text: str, ids: Tensor, n_score: int, cfg: tls.TLSConfig, pools: list[float],
-    providers: list[str],
+    providers: list[str], balanced: dict[float, tuple[int, ...]],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Rows of one text: ids int64 [1, S], the last ``n_score`` tokens teacher-forced; pools in block budgets."""
+    """Rows of one text: ids int64 [1, S], the last ``n_score`` tokens teacher-forced; pools in block budgets.
+
+    ``balanced``: slots of each layer, by pool, that another text's misses gave; noted here where there are none yet.
+    """
     n = ids.shape[1] - n_score
-    device = model.device
+    device, given = model.device, dict(balanced)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompt"
         dense = tls.TLSCache(
@@ -47,13 +52,20 @@ def measure(
         truth = _forced(model, plain, ids, n)
         whole = _dense(plain, model, ids, n)
         for pool in pools:
+            slots = max(int(pool * cfg.kept_blocks), cfg.kept_blocks + 2)
             for provider in providers:
-                slots = max(int(pool * cfg.kept_blocks), cfg.kept_blocks + 2)
-                offload = tls.OffloadConfig(gpu_blocks=slots, **PROVIDERS[provider])
+                sizes: int | tuple[int, ...] = slots
+                if provider == BALANCED:
+                    if pool not in given:
+                        continue
+                    sizes = given[pool]
+                offload = tls.OffloadConfig(gpu_blocks=sizes, **PROVIDERS[provider])
                 cache = tls.TLSCache.load(path, model.config, device=device, backend=_backend(device), offload=offload)
                 logits = _forced(model, cache, ids, n)
                 stats = list(cache.stats().values())
                 mean = lambda field, stats=stats: sum(getattr(x, field) for x in stats) / len(stats)  # noqa: E731
+                if provider == "async":
+                    balanced.setdefault(pool, cache.balanced_gpu_blocks())
                 yield {
                     "bench": "offload_quality", "model": name, "text": text, "context": n, "scored": n_score,
                     "provider": provider, "pool_over_budget": slots / cfg.kept_blocks, "block_size": cfg.block_size,

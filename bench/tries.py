@@ -9,7 +9,7 @@ changes at once are joined by a slash, "oracle" among them: exact keys for label
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from flex_tls import TLSConfig, index, jsonl, selection
-from flex_tls.config import LabelBasis
 from flex_tls.evaluate import perplexity
 from flex_tls.evaluate.bootstrap import mean_interval, ratio_interval
 from flex_tls.evaluate.documents import Document
@@ -28,7 +27,7 @@ from flex_tls.evaluate.methods import Method, label_bytes
 from flex_tls.evaluate.prefilled import Prefilled, Step
 from flex_tls.evaluate.rows import Origin
 from flex_tls.index import KVIndex
-from flex_tls.labels import TokenLabels
+from flex_tls.labels import Keys, TokenLabels
 from flex_tls.mods import query_positions
 from flex_tls.record import Recorder
 from flex_tls.selection import BlockSelection, TokenSelection, reduce_group
@@ -94,8 +93,8 @@ class MixedLabels(TokenLabels):
         """Float32 [C]: a channel's largest code."""
         return torch.cat([torch.full((part.channels,), 2.0**part.bits - 1) for part in self.widths])
 
-    def fit(self, chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]], basis: LabelBasis = "lowrank") -> None:
-        super().fit(chunks, basis)
+    def quantise(self, keys: Keys, center: Tensor, to_label: Tensor) -> None:
+        super().quantise(keys, center, to_label)
         # From 8 bits everywhere to each channel's own
         coarser = 255 / self.levels
         self.step *= coarser

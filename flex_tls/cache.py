@@ -20,7 +20,7 @@ from .index import KVIndex, fit
 from .memory import free_bytes, longest_that_fits
 from .model_config import ModelShape, read_model_config
 from .offload import LayerStats, OffloadConfig, ops
-from .offloaded_layer import OffloadedLayer, allocate_offloaded, choose_offloaded, size_pools
+from .offloaded_layer import OffloadedLayer, allocate_offloaded, balanced_pools, choose_offloaded, size_pools
 from .paged import paged_backend
 from .progress import Progress
 from .record import Recorder
@@ -276,6 +276,17 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     def stats(self) -> dict[int, LayerStats]:
         """What the offload engine of each offloaded layer did since the cache was made or reset. Synchronises."""
         return {layer.layer_idx: layer.opened().stats() for layer in self.offloaded_layers if layer.is_initialized}
+
+    def balanced_gpu_blocks(self) -> tuple[int, ...]:
+        """``OffloadConfig.gpu_blocks`` for later caches: as many slots in all, more for layers that missed more.
+
+        What a layer needs depends on the model more than on the text (docs/design.md, section 10): decode a hundred
+        tokens of any long text, at the budgets and the context length to come, and keep the numbers. Synchronises.
+
+        Raises:
+            ValueError: there is no offload, or nothing was decoded.
+        """
+        return balanced_pools(self.offloaded_layers)
 
     def save(self, path: str | Path) -> None:
         """Write every token, the index and the configuration to the folder ``path``, for :meth:`load`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from .offload import (
     LayerOffload,
     OffloadConfig,
     RowReader,
+    balanced_slots,
     check_host_bytes,
     host_bytes_available,
     make_transfers,
@@ -319,14 +321,32 @@ def size_pools(layers: list[OffloadedLayer], config: OffloadConfig, dtype: torch
     shared = layers[0].shared
     cfg, shape = shared.cfg, shared.shape
     n_blocks = shared.capacity_tokens // cfg.block_size
-    kept = min(cfg.kept_blocks, n_blocks)
     sizes = config.pool_blocks(
         n_layers=len(layers), n_heads=shared.progress.batch_size * shape.n_kv_heads, n_blocks=n_blocks,
-        kept_blocks=kept, least=kept + open_blocks(cfg.sparse_query_tokens, cfg.block_size),
+        kept_blocks=min(cfg.kept_blocks, n_blocks), least=_least_slots(shared),
         block_bytes=2 * cfg.block_size * shape.head_dim * dtype.itemsize,
     )  # fmt: skip
     for layer, size in zip(layers, sizes, strict=True):
         layer.n_slots = size
+
+
+def balanced_pools(layers: list[OffloadedLayer]) -> tuple[int, ...]:
+    """See :meth:`TLSCache.balanced_gpu_blocks`."""
+    hits = [layer.opened().stats().hit_rate for layer in layers if layer.is_initialized]
+    if not hits or any(math.isnan(x) for x in hits):
+        raise ValueError("balanced_gpu_blocks: expected a cache with offload that has decoded, got none; decode first")
+    shared = layers[0].shared
+    n_blocks = shared.capacity_tokens // shared.cfg.block_size
+    slots = [layer.n_slots for layer in layers]
+    least = min(_least_slots(shared), n_blocks)
+    return balanced_slots(slots, [1.0 - x for x in hits], least=least, most=n_blocks)
+
+
+def _least_slots(shared: Shared) -> int:
+    """Slots without which a step could not run: one selection and the blocks of new tokens."""
+    cfg = shared.cfg
+    kept = min(cfg.kept_blocks, shared.capacity_tokens // cfg.block_size)
+    return kept + open_blocks(cfg.sparse_query_tokens, cfg.block_size)
 
 
 def allocate_offloaded(

@@ -9,6 +9,7 @@ from .engine import LayerOffload, LayerStats, make_transfers
 from .memory import check_host_bytes, host_bytes_available
 from .pool import DevicePool
 from .residency import open_blocks
+from .sizing import balanced_slots
 from .store import HostStore
 from .stream import RowReader
 from .transfers import Transfers
@@ -21,6 +22,7 @@ __all__ = [
     "OffloadConfig",
     "RowReader",
     "Transfers",
+    "balanced_slots",
     "check_host_bytes",
     "host_bytes_available",
     "make_transfers",

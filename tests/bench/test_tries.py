@@ -23,7 +23,7 @@ from bench.tries import (
     widths,
 )
 from flex_tls import selection
-from flex_tls.labels import TokenLabels
+from flex_tls.labels import TokenLabels, fit
 
 
 @given(
@@ -65,7 +65,7 @@ def test_widths_compared_with_each_other_take_equal_bytes() -> None:
 
 def fitted(labels: TokenLabels, k: torch.Tensor, q: torch.Tensor) -> TokenLabels:
     labels.observe(q, torch.ones(1, q.shape[2], dtype=torch.bool))
-    labels.fit(lambda: [(k, torch.ones(1, k.shape[2], dtype=torch.bool))])
+    fit([labels], [lambda: [(k, torch.ones(1, k.shape[2], dtype=torch.bool))]])
     labels.write(k, torch.zeros(1, dtype=torch.int64))
     return labels
 

@@ -259,3 +259,21 @@ def test_different_layers_may_have_different_pools() -> None:
     assert [layer.opened().pool.n_slots for layer in cache.offloaded_layers] == [6, 9]
     assert torch.equal(generate(model, cache, prompts(90)), generate(model, cache_for(model, None), prompts(90)))
     assert memory.host_bytes_available() is None or memory.host_bytes_available() > 0
+
+
+def test_pools_balanced_by_what_a_cache_missed_hold_as_much_and_serve_the_next() -> None:
+    model = make("llama")
+    cache = cache_for(model, dataclasses.replace(EXACT, gpu_blocks=(6, 9)))
+    with pytest.raises(ValueError, match="balanced_gpu_blocks: expected a cache with offload that has decoded, got"):
+        cache.balanced_gpu_blocks()
+    want = generate(model, cache, prompts(90))
+    sizes = cache.balanced_gpu_blocks()
+    assert sum(sizes) == 6 + 9
+    assert min(sizes) >= 6
+    again = cache_for(model, dataclasses.replace(EXACT, gpu_blocks=sizes))
+    assert torch.equal(generate(model, again, prompts(90)), want)
+
+
+def test_a_cache_without_offload_has_no_pools_to_balance() -> None:
+    with pytest.raises(ValueError, match="expected a cache with offload"):
+        cache_for(make("llama"), None).balanced_gpu_blocks()
