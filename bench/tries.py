@@ -47,7 +47,9 @@ BUDGETS = tuple(
     for within in ("layer", "model")
     for when in ("prompt", "query")
 )
-SETS = {"bits": BITS, "blocks": BUDGETS[:8], "tokens": BUDGETS[8:]}
+# The KV heads of a layer alike: what a budget for each layer gives
+BY_LAYER = ("blocks:share:layers:prompt", "blocks:value:layers:prompt")
+SETS = {"bits": BITS, "blocks": (*BUDGETS[:8], *BY_LAYER), "tokens": BUDGETS[8:]}
 
 # The prompt's last queries, by which budgets are shared out
 MEASURED_QUERIES = 64
@@ -125,7 +127,8 @@ class Rule:
         level: whose budget, level 1's in blocks or level 2's in tokens.
         by: up to where the best are kept: until they hold a "share" of the estimated attention, or down to a "value" of
             it. Tokens' shares are of what sinks and recent window leave.
-        within: where totals are equal and one threshold holds, each "layer" or the whole "model".
+        within: where totals are equal and one threshold holds, each "layer" or the whole "model"; "layers" is the model
+            too, with one count for all KV heads of a layer.
         when: what the threshold decides: counts of each KV head, their means over the prompt's last queries ("prompt");
             or each "query"'s count, so that totals are equal on average, if decoding resembles these queries.
         most: times the uniform budget that a head or a query gets at most.
@@ -133,7 +136,7 @@ class Rule:
 
     level: Literal["blocks", "tokens"]
     by: Literal["share", "value"]
-    within: Literal["layer", "model"]
+    within: Literal["layer", "layers", "model"]
     when: Literal["prompt", "query"]
     most: int = 4
 
@@ -141,8 +144,9 @@ class Rule:
     def parse(cls, text: str) -> Rule:
         """``"blocks:share:model:query"``, and ``":x2"`` behind it for ``most``."""
         rule, _, most = text.partition(":x")
-        if rule not in BUDGETS or not (most or "4").isdigit():
-            raise ValueError(f"rule: expected one of {', '.join(BUDGETS)}, with :x2 if wanted, got {text!r}")
+        known = (*BUDGETS, *BY_LAYER)
+        if rule not in known or not (most or "4").isdigit():
+            raise ValueError(f"rule: expected one of {', '.join(known)}, with :x2 if wanted, got {text!r}")
         level, by, within, when = cast(tuple[Any, Any, Any, Any], rule.split(":"))
         return cls(level, by, within, when, int(most or 4))
 
@@ -252,16 +256,18 @@ class Sharing:
                 selection.select(q, each, cfg, None, None, None)
         # Layer by layer: L, B, HKV, T, N
         need = torch.stack(self._noted)
-        groups = [need] if rule.within == "model" else list(need[:, None])
+        groups = list(need[:, None]) if rule.within == "layer" else [need]
         limits = [threshold_for(x, self.budget, self.least, self.most) for x in groups]
         self.thresholds = limits * (len(need) // len(limits))
         means = [
             kept_counts(x, limit, self.least, self.most).double().mean((1, 3))
             for x, limit in zip(groups, limits, strict=True)
         ]
+        if rule.within == "layers":
+            means = [x.mean(1, keepdim=True) for x in means]
         shared = [share_out(x.flatten(), x.numel() * self.budget, self.least, self.most).view_as(x) for x in means]
         # Places of every layer's KV heads, L times HKV
-        self.counts = torch.cat(shared)
+        self.counts = torch.cat(shared).expand(-1, need.shape[2])
         self._is_ready = True
 
     @contextmanager

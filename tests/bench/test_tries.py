@@ -11,6 +11,7 @@ import flex_tls as tls
 from bench.tries import (
     BITS,
     BUDGETS,
+    BY_LAYER,
     MixedLabels,
     Rule,
     Sharing,
@@ -110,7 +111,7 @@ def test_a_threshold_keeps_the_mean_that_it_was_asked_for_and_the_best_first(by:
     assert float(kept_counts(need, limit, 2, 47).double().mean()) == pytest.approx(12, abs=1 / 6)
 
 
-@pytest.mark.parametrize("name", BUDGETS)
+@pytest.mark.parametrize("name", [*BUDGETS, *BY_LAYER])
 def test_a_rule_keeps_the_budget_of_the_queries_that_it_was_made_for(name: str) -> None:
     gen = torch.Generator().manual_seed(3)
     cfg = tls.TLSConfig(block_size=16, block_budget=192, token_budget=96, sink_tokens=16, recent_tokens=16)
@@ -122,6 +123,8 @@ def test_a_rule_keeps_the_budget_of_the_queries_that_it_was_made_for(name: str) 
     assert int(sharing.counts.sum()) == sharing.counts.numel() * sharing.budget
     if rule.within == "layer":
         assert bool((sharing.counts.sum(1) == 2 * sharing.budget).all())
+    if rule.within == "layers":
+        assert bool((sharing.counts == sharing.counts[:, :1]).all())
     with sharing.patched():
         found = [selection.select(q, index, cfg, None, None, None) for index, q in layers]
     counts = torch.stack([(blocks if rule.level == "blocks" else tokens).counts for blocks, tokens in found])
@@ -139,7 +142,12 @@ def test_a_rule_keeps_the_budget_of_the_queries_that_it_was_made_for(name: str) 
 
 def test_ours_comes_first_and_an_unknown_rule_is_refused() -> None:
     cfg = tls.TLSConfig()
-    assert [each.name for each in make_tries(["8x8+16x4", "blocks"], cfg)] == ["ours", "8x8+16x4", *BUDGETS[:8]]
+    assert [each.name for each in make_tries(["8x8+16x4", "blocks"], cfg)] == [
+        "ours",
+        "8x8+16x4",
+        *BUDGETS[:8],
+        *BY_LAYER,
+    ]
     both = make_tries(["oracle/blocks:value:model:prompt:x2"], cfg)[1]
     assert both.cfg == replace(cfg, index="oracle")
     assert both.rule == Rule("blocks", "value", "model", "prompt", most=2)
