@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .explanation import explain
     from .integrations.huggingface import disable, enable
     from .integrations.projections import fuse_projections, unfuse_projections
+    from .shares import measure_block_shares
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "explain",
     "fuse_projections",
     "generate",
+    "measure_block_shares",
     "select_blocks",
     "select_tokens",
     "two_level_attention",
@@ -55,6 +57,7 @@ _LAZY = {
     "explain": ".explanation",
     "fuse_projections": ".integrations.projections",
     "generate": ".decode",
+    "measure_block_shares": ".shares",
     "unfuse_projections": ".integrations.projections",
 }
 

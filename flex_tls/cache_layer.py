@@ -69,6 +69,11 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         self.index: KVIndex | None = None
         self._step: Step | None = None
 
+    @property
+    def cfg(self) -> TLSConfig:
+        """The layer's configuration."""
+        return self.shared.cfg.for_layer(self.layer_idx)
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for keys of this dtype on this device."""
         self.allocate(key_states.dtype, key_states.device)
@@ -153,13 +158,13 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         """Write and attend in a compiled step; see :func:`flex_tls.static.decode_layer`."""
         keys, values = self.buffers()
         return decode_layer(
-            q, k_new, v_new, keys, values, self.index, start, self.shared.cfg, scale=scale, sparse=sparse,
+            q, k_new, v_new, keys, values, self.index, start, self.cfg, scale=scale, sparse=sparse,
             arrivals=arrivals,
         )  # fmt: skip
 
     def why_dense(self, n_new: int, longest: int) -> str | None:
         """Why ``n_new`` tokens that make the longest row ``longest`` attend densely; None if they select."""
-        cfg, reach = self.shared.cfg, self.reach(longest)
+        cfg, reach = self.cfg, self.reach(longest)
         if cfg.is_dense(self.layer_idx):
             return f"dense_layers={cfg.dense_layers}: this layer stays dense"
         if n_new > cfg.sparse_query_tokens:
@@ -291,7 +296,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         return align_right(out, step.left_pad)
 
     def _attend_past(self, q: Tensor, step: Step, scale: float) -> Tensor:
-        shared, cfg, index = self.shared, self.shared.cfg, self.index
+        shared, cfg, index = self.shared, self.cfg, self.index
         decoding = step.n_new <= cfg.sparse_query_tokens
         recorder = shared.recorder if decoding else None
         reach = self.reach(step.longest)

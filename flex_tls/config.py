@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, get_args
 
 IndexKind = Literal["lowrank", "box", "quest", "mean", "oracle"]
@@ -40,6 +42,10 @@ class TLSConfig:
             the heads' softmax; ``"max"``/``"mean"``: of the raw scores.
         dense_layers: layers of a model that stay dense: how many of the first, or which ones (used by ``TLSCache``, not
             by the operator).
+        block_shares: what each layer of a model keeps of ``block_budget``, relative to the others, a number for every
+            layer; 1 everywhere (None) by default. Measured by :func:`flex_tls.measure_block_shares`; used by
+            ``TLSCache``, the operator takes ``cfg.for_layer(layer)``. A compiled backend compiles for every number of
+            blocks that it meets.
         sparse_query_tokens: chunks of more query tokens than this attend densely in a model (prefill).
         sparse_from_tokens: contexts of fewer tokens attend densely in a model, whatever the budgets; in short ones
             reading everything is faster (up to some 30,000 tokens at batch size 1 on an H100; docs/design.md). Used by
@@ -60,6 +66,7 @@ class TLSConfig:
     box_radius: float = 0.35
     group_reduce: GroupReduce = "softmax_mean"
     dense_layers: int | tuple[int, ...] = 2
+    block_shares: tuple[float, ...] | None = None
     sparse_query_tokens: int = 16
     sparse_from_tokens: int = 0
 
@@ -74,6 +81,7 @@ class TLSConfig:
         self._at_least("recent_tokens", 1)
         self._at_least("label_dims", 1)
         self._check_dense_layers()
+        self._check_block_shares()
         self._at_least("sparse_query_tokens", 1)
         self._at_least("sparse_from_tokens", 0)
         per_word = 32 // self.label_bits
@@ -120,6 +128,9 @@ class TLSConfig:
     @property
     def held_tokens(self) -> int:
         """Longest context of which the budgets drop nothing, so that dense attention gives the same result."""
+        if self.block_shares is not None:
+            layers = [i for i in range(len(self.block_shares)) if not self.is_dense(i)]
+            return min((self.for_layer(i).held_tokens for i in layers), default=0)
         held = self.kept_blocks * self.block_size
         return held if self.token_budget is None else min(held, self.token_budget)
 
@@ -131,6 +142,22 @@ class TLSConfig:
     def is_dense(self, layer: int) -> bool:
         """Whether this layer of a model stays dense."""
         return layer < self.dense_layers if isinstance(self.dense_layers, int) else layer in self.dense_layers
+
+    def for_layer(self, layer: int) -> TLSConfig:
+        """The configuration of one layer of a model: its share of the block budget, in whole blocks.
+
+        At least what sinks, recent window and ``token_budget`` need, whatever the share.
+        """
+        return _of_layer(self, layer)
+
+    def _check_block_shares(self) -> None:
+        if self.block_shares is None:
+            return
+        shares = tuple(self.block_shares)
+        if not shares or any(not isinstance(x, int | float) or not 0 < x < math.inf for x in shares):
+            raise ValueError(f"block_shares: expected a number above 0 for every layer, got {self.block_shares!r}")
+        # A tuple also if it came from JSON
+        object.__setattr__(self, "block_shares", tuple(map(float, shares)))
 
     def _check_dense_layers(self) -> None:
         if isinstance(self.dense_layers, int):
@@ -151,3 +178,14 @@ class TLSConfig:
         value = getattr(self, field)
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{field}: expected an integer of at least {least}, got {value!r}")
+
+
+@lru_cache(maxsize=4096)
+def _of_layer(cfg: TLSConfig, layer: int) -> TLSConfig:
+    if cfg.block_shares is None:
+        return cfg
+    if not 0 <= layer < len(cfg.block_shares):
+        raise ValueError(f"layer: expected 0 to {len(cfg.block_shares) - 1}, the layers of block_shares, got {layer}")
+    blocks = round(cfg.block_budget * cfg.block_shares[layer] / cfg.block_size)
+    least = max(cfg.forced_blocks, -(-(cfg.token_budget or 0) // cfg.block_size))
+    return replace(cfg, block_budget=max(blocks, least) * cfg.block_size, block_shares=None)

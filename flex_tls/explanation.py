@@ -79,11 +79,14 @@ class Explanation:
         cfg, shape = self.cfg, self.shape
         kept = "all of them" if cfg.token_budget is None else f"{cfg.token_budget:,} of them"
         index = f"{cfg.label_dims} channels of {cfg.label_bits} bits" if cfg.index == "lowrank" else "one entry a block"
+        by_layer = ""
+        if cfg.block_shares is not None:
+            by_layer = f", {min(cfg.block_shares):g} to {max(cfg.block_shares):g} times as many by layer"
         return {
             "model": f"{shape.model_type}, {shape.n_layers} layers, {shape.n_kv_heads} KV heads of {shape.head_dim}",
             "cache": f"{self.batch_size} x {self.max_len:,} tokens, {_dtype(self.dtype)} on {self.device}",
             "bytes": f"keys and values {_gb(self.kv_nbytes)}, index {_gb(self.index_nbytes)}",
-            "budgets": f"{cfg.block_budget:,} tokens in blocks of {cfg.block_size}, {kept} attended to",
+            "budgets": f"{cfg.block_budget:,} tokens in blocks of {cfg.block_size}{by_layer}, {kept} attended to",
             "index": f"{cfg.index}, {index}",
             "step": f"one token a row, {self.context_tokens:,} tokens in the longest",
             "compiled": "tls.generate runs one graph a step"
@@ -157,7 +160,7 @@ def explain(
 
 
 def _plan(layer: TLSLayer, cache: TLSCache, context: int, device: torch.device, compiled: bool) -> LayerPlan:
-    cfg, reach = cache.cfg, layer.reach(context)
+    cfg, reach = layer.cfg, layer.reach(context)
     why = layer.why_dense(1, context)
     sparse = why is None
     runs: str | None = "sdpa"

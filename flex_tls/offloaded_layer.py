@@ -133,7 +133,7 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
     ) -> Tensor:
         """As :meth:`TLSLayer.decode`; a context that the budgets hold is selected whole."""
         assert self.index is not None
-        return decode_offloaded(q, k_new, v_new, self.opened(), self.index, start, self.shared.cfg, scale=scale)
+        return decode_offloaded(q, k_new, v_new, self.opened(), self.index, start, self.cfg, scale=scale)
 
     @property
     def last_queries(self) -> Tensor | None:
@@ -263,7 +263,7 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
 
         As many query tokens at a time as the pool can serve; every query token selects for itself in any case.
         """
-        engine, cfg, t = self.opened(), self.shared.cfg, q.shape[2]
+        engine, cfg, t = self.opened(), self.cfg, q.shape[2]
         backend = paged_backend(self.shared.backend, q.device)
         all_fit = engine.pool.n_slots == index.n_blocks
         at_once = t if all_fit else max(1, engine.selected_at_most // min(cfg.kept_blocks, index.n_blocks))
@@ -343,10 +343,10 @@ def balanced_pools(layers: list[OffloadedLayer]) -> tuple[int, ...]:
 
 
 def _least_slots(shared: Shared) -> int:
-    """Slots without which a step could not run: one selection and the blocks of new tokens."""
+    """Slots without which a step of some layer could not run: one selection and the blocks of new tokens."""
     cfg = shared.cfg
-    kept = min(cfg.kept_blocks, shared.capacity_tokens // cfg.block_size)
-    return kept + open_blocks(cfg.sparse_query_tokens, cfg.block_size)
+    kept = max(cfg.for_layer(i).kept_blocks for i in choose_offloaded(shared))
+    return min(kept, shared.capacity_tokens // cfg.block_size) + open_blocks(cfg.sparse_query_tokens, cfg.block_size)
 
 
 def allocate_offloaded(

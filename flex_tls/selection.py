@@ -353,6 +353,10 @@ def check_query(q: Tensor, index: KVIndex, cfg: TLSConfig) -> None:
         raise ValueError("q: expected at least 1 query token (T), got 0")
     if index.max_len < 1:
         raise ValueError("index: expected at least 1 token, got an empty index; append the keys before attending")
+    if cfg.block_shares is not None:
+        raise ValueError(
+            f"cfg: expected one layer's, got block_shares of {len(cfg.block_shares)} layers; pass cfg.for_layer(layer)"
+        )
     if (cfg.block_size, cfg.index) != (index.cfg.block_size, index.cfg.index):
         raise ValueError(
             f"cfg: expected the index's block_size={index.cfg.block_size} and index={index.cfg.index!r}, "

@@ -32,14 +32,14 @@ class EvictionLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
 
     def __init__(self, shared: Shared, layer_idx: int, cfg: TLSConfig) -> None:
         super().__init__(shared, layer_idx)
-        self.cfg = cfg
+        self._budgets = cfg
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """As :meth:`TLSLayer.attend`; a chunk's queries evict one after the other, as if they had come one by one."""
         step = self._step
         out = super().attend(q, scale)
         assert step is not None
-        if self.cfg.is_dense(self.layer_idx):
+        if self._budgets.is_dense(self.layer_idx):
             return out
         keys, values = (x[:, :, : step.longest].float() for x in self.buffers())
         if step.is_fresh:
@@ -67,10 +67,10 @@ class EvictionLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
 
     def _evict(self) -> None:
         """Keep the budget's tokens of those alive; in place."""
-        n, budget = self.alive.shape[-1], self.cfg.token_budget
+        n, budget = self.alive.shape[-1], self._budgets.token_budget
         if budget is None or n <= budget:
             return
-        newest = torch.arange(n, device=self.alive.device) >= n - self.cfg.recent_tokens
+        newest = torch.arange(n, device=self.alive.device) >= n - self._budgets.recent_tokens
         rank = torch.where(newest, torch.inf, self.weight).masked_fill(~self.alive, -torch.inf)
         self.alive &= keep_best(rank, budget)
 

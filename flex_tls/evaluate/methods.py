@@ -196,8 +196,8 @@ def make_method(spec: str, cfg: TLSConfig, context_tokens: int) -> Method:
 def _value(text: str, before: object) -> object:
     """A number or None as Python writes it, numbers as ``0+8``, a multiple of the number before; else it is a word."""
     parts = text.split("+")
-    if len(parts) > 1 and all(part.isdigit() for part in parts):
-        return tuple(map(int, parts))
+    if len(parts) > 1 and all(part.replace(".", "", 1).isdigit() for part in parts):
+        return tuple(map(ast.literal_eval, parts))
     if text.startswith("x") and isinstance(before, int):
         try:
             return int(before * Fraction(text[1:]))

@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import flex_tls as tls
 
@@ -23,6 +25,9 @@ import flex_tls as tls
         ({"token_budget": 9000}, r"token_budget: expected at most block_budget = 8192, got 9000"),
         ({"dense_layers": -1}, r"dense_layers: expected an integer of at least 0, got -1"),
         ({"dense_layers": (1, -2)}, r"dense_layers: expected a count or layer numbers from 0 on, got \(1, -2\)"),
+        ({"block_shares": ()}, r"block_shares: expected a number above 0 for every layer, got \(\)"),
+        ({"block_shares": (1.0, 0.0)}, r"block_shares: expected a number above 0 for every layer, got \(1.0, 0.0\)"),
+        ({"block_shares": (1.0, float("nan"))}, r"block_shares: expected a number above 0 for every layer"),
         ({"filter_dims": 12}, r"filter_dims: expected at most label_dims = 32 and a multiple of 8.*got 12"),
         ({"filter_dims": 40}, r"filter_dims: expected at most label_dims = 32 and a multiple of 8.*got 40"),
         ({"box_radius": 2.0}, r"box_radius: expected a share between 0 and 1"),
@@ -63,3 +68,33 @@ def test_dense_layers_are_the_first_ones_or_those_named() -> None:
     assert [i for i in range(5) if named.is_dense(i)] == [0, 3]
     # As JSON gives it back
     assert tls.TLSConfig(**{**dataclasses.asdict(named), "dense_layers": [0, 3]}) == named
+
+
+@given(
+    st.lists(st.floats(0.01, 4), min_size=1, max_size=9), st.integers(6, 90), st.sampled_from((None, 160, 170)),
+    st.integers(0, 3),
+)  # fmt: skip
+def test_layers_keep_their_share_of_the_block_budget(
+    shares: list[float], blocks: int, token_budget: int | None, dense_layers: int
+) -> None:
+    cfg = tls.TLSConfig(
+        block_budget=32 * blocks, token_budget=token_budget, block_shares=tuple(shares), dense_layers=dense_layers
+    )
+    # As it comes back from JSON
+    assert tls.TLSConfig(**{**dataclasses.asdict(cfg), "block_shares": list(shares)}) == cfg
+    least = max(cfg.forced_blocks, -(-(token_budget or 0) // 32))
+    layers = [cfg.for_layer(i) for i in range(len(shares))]
+    for share, layer in zip(shares, layers, strict=True):
+        assert layer.block_shares is None
+        assert layer.kept_blocks == least or abs(layer.kept_blocks - share * blocks) <= 0.5
+        assert layer.kept_blocks >= least
+        assert layer == dataclasses.replace(cfg, block_budget=layer.block_budget, block_shares=None)
+    # What every sparse layer holds
+    assert cfg.held_tokens == min((x.held_tokens for x in layers[dense_layers:]), default=0)
+    with pytest.raises(ValueError, match=f"layer: expected 0 to {len(shares) - 1}, the layers of block_shares, got"):
+        cfg.for_layer(len(shares))
+
+
+def test_without_shares_layers_are_alike() -> None:
+    cfg = tls.TLSConfig()
+    assert cfg.for_layer(17) is cfg
