@@ -102,13 +102,13 @@ def _dense(cache: tls.TLSCache, model: Any, ids: Tensor, n: int) -> Tensor:
 @contextmanager
 def _budgets_that_hold_all(cache: tls.TLSCache) -> Iterator[None]:
     cfg = cache._shared.cfg
-    cache._shared.cfg = tls.TLSConfig(
-        block_size=cfg.block_size, block_budget=2**30, token_budget=None, dense_layers=cfg.dense_layers
+    cache._shared.configure(
+        tls.TLSConfig(block_size=cfg.block_size, block_budget=2**30, token_budget=None, dense_layers=cfg.dense_layers)
     )
     try:
         yield
     finally:
-        cache._shared.cfg = cfg
+        cache._shared.configure(cfg)
 
 
 def _kl(p: Tensor, q: Tensor) -> float:

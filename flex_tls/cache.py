@@ -80,9 +80,6 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         check_backend(backend)
         shape = read_model_config(model_config)
         self._shared = Shared(cfg or TLSConfig(), backend, shape, max_len, Progress(batch_size))
-        shares = self.cfg.block_shares
-        if shares is not None and len(shares) != shape.n_layers:
-            raise ValueError(f"block_shares: expected {shape.n_layers} numbers, one a layer, got {len(shares)}")
         if audit_every is not None:
             if offload is not None:
                 raise ValueError(

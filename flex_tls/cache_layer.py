@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
@@ -42,6 +42,18 @@ class Shared:
     progress: Progress
     recorder: Recorder | None = None
     auditor: Auditor | None = None
+    cfg_of_layer: list[TLSConfig] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.configure(self.cfg)
+
+    def configure(self, cfg: TLSConfig) -> None:
+        """Take other settings from now on. Raises ValueError if they are of a model with another number of layers."""
+        shares, n_layers = cfg.block_shares, self.shape.n_layers
+        if shares is not None and len(shares) != n_layers:
+            raise ValueError(f"block_shares: expected {n_layers} numbers, one a layer, got {len(shares)}")
+        # Here, since a compiled step that is traced could not work it out
+        self.cfg, self.cfg_of_layer = cfg, [cfg.for_layer(i) for i in range(n_layers)]
 
     @property
     def capacity_tokens(self) -> int:
@@ -72,7 +84,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
     @property
     def cfg(self) -> TLSConfig:
         """The layer's configuration."""
-        return self.shared.cfg.for_layer(self.layer_idx)
+        return self.shared.cfg_of_layer[self.layer_idx]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for keys of this dtype on this device."""

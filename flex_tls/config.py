@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal, get_args
 
 IndexKind = Literal["lowrank", "box", "quest", "mean", "oracle"]
@@ -148,7 +147,14 @@ class TLSConfig:
 
         At least what sinks, recent window and ``token_budget`` need, whatever the share.
         """
-        return _of_layer(self, layer)
+        if self.block_shares is None:
+            return self
+        if not 0 <= layer < len(self.block_shares):
+            last = len(self.block_shares) - 1
+            raise ValueError(f"layer: expected 0 to {last}, the layers of block_shares, got {layer}")
+        blocks = round(self.block_budget * self.block_shares[layer] / self.block_size)
+        least = max(self.forced_blocks, -(-(self.token_budget or 0) // self.block_size))
+        return replace(self, block_budget=max(blocks, least) * self.block_size, block_shares=None)
 
     def _check_block_shares(self) -> None:
         if self.block_shares is None:
@@ -178,14 +184,3 @@ class TLSConfig:
         value = getattr(self, field)
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{field}: expected an integer of at least {least}, got {value!r}")
-
-
-@lru_cache(maxsize=4096)
-def _of_layer(cfg: TLSConfig, layer: int) -> TLSConfig:
-    if cfg.block_shares is None:
-        return cfg
-    if not 0 <= layer < len(cfg.block_shares):
-        raise ValueError(f"layer: expected 0 to {len(cfg.block_shares) - 1}, the layers of block_shares, got {layer}")
-    blocks = round(cfg.block_budget * cfg.block_shares[layer] / cfg.block_size)
-    least = max(cfg.forced_blocks, -(-(cfg.token_budget or 0) // cfg.block_size))
-    return replace(cfg, block_budget=max(blocks, least) * cfg.block_size, block_shares=None)

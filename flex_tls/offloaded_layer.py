@@ -345,7 +345,7 @@ def balanced_pools(layers: list[OffloadedLayer]) -> tuple[int, ...]:
 def _least_slots(shared: Shared) -> int:
     """Slots without which a step of some layer could not run: one selection and the blocks of new tokens."""
     cfg = shared.cfg
-    kept = max(cfg.for_layer(i).kept_blocks for i in choose_offloaded(shared))
+    kept = max(shared.cfg_of_layer[i].kept_blocks for i in choose_offloaded(shared))
     return min(kept, shared.capacity_tokens // cfg.block_size) + open_blocks(cfg.sparse_query_tokens, cfg.block_size)
 
 

@@ -120,7 +120,7 @@ class Prefilled:
         """What a prefill under ``cfg`` would have left behind."""
         for layer, (query_sum, query_count) in zip(self._cache.tls_layers, self._queries, strict=True):
             keys = layer.buffers()[0]
-            layer.shared.cfg = cfg
+            layer.shared.configure(cfg)
             layer.index = None
             if cfg.is_dense(layer.layer_idx):
                 continue

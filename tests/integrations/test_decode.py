@@ -63,13 +63,16 @@ def test_a_prompt_read_in_chunks_is_the_prompt(family: str, lens: tuple[int, ...
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.parametrize(("family", "lens"), [("qwen3", (90,)), ("llama", (28, 9))])
-def test_the_compiled_step_generates_the_same(family: str, lens: tuple[int, ...], device: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "lens", "shares"),
+    [("qwen3", (90,), None), ("llama", (28, 9), None), ("llama", (90,), (1.0, 1.25, 1.75))],
+)
+def test_the_compiled_step_generates_the_same(family: str, lens: tuple[int, ...], shares: Any, device: str) -> None:
     """The second case begins dense, passes the budgets while decoding, and outgrows its fit: three kinds of step."""
-    model = make(family).to(device)
+    model, cfg = make(family).to(device), dataclasses.replace(SPARSE, block_shares=shares)
     inputs = {name: x.to(device) for name, x in prompts(*lens).items()}
-    want = transformers_output(model, cache_for(model, len(lens)), 12, **inputs)
-    cache = cache_for(model, len(lens))
+    want = transformers_output(model, cache_for(model, len(lens), cfg=cfg), 12, **inputs)
+    cache = cache_for(model, len(lens), cfg=cfg)
     got = tls.generate(
         model, inputs["input_ids"], attention_mask=inputs["attention_mask"], cache=cache, max_new_tokens=12,
         compiled=True,
