@@ -17,20 +17,15 @@ import torch
 from torch import Tensor
 
 import flex_tls as tls
-from flex_tls.decode import Loop
-from flex_tls.integrations.huggingface import enabled
 
 from .offloaded import offloaded_step
 from .rows import Machine, ModelRow
+from .steps import Step, captured_step, fill
 from .timing import samples, spread
 
-FIT_TOKENS = 8192
-CHUNK_TOKENS = 16384
 # Tokens behind the context: what transformers' static cache appends while it is timed
 ROOM_TOKENS = 256
 TUNED = {"coordinate_descent_tuning": True}
-
-Step = Callable[[], object]
 
 
 class Bed:
@@ -40,7 +35,7 @@ class Bed:
         self.model, self.device = model, next(model.parameters()).device
         options: Any = {"batch_size": batch_size, "max_len": longest + ROOM_TOKENS}
         self.sparse = tls.TLSCache(model.config, cfg, dtype=model.dtype, device=self.device, **options)
-        _fill(self.sparse, longest)
+        fill(self.sparse, longest)
         # Every layer dense, over the same buffers
         cfg = dataclasses.replace(cfg, dense_layers=model.config.num_hidden_layers)
         self.dense = tls.TLSCache(model.config, cfg, **options)
@@ -60,24 +55,7 @@ class Bed:
 
 
 def _ours(bed: Bed, *, dense: bool = False, options: Mapping[str, Any] | None = None) -> Step:
-    """One captured step; every replay decodes the same place of the context again."""
-    cache = bed.dense if dense else bed.sparse
-    ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=bed.device)
-    loop = Loop(bed.model, cache, ids, inductor_options=options, progress=True)
-    loop.start.copy_(torch.tensor(cache.seq_lens))
-    with torch.no_grad(), enabled(bed.model):
-        replay = loop.build(sparse=not dense and max(cache.seq_lens) + 1 > cache.cfg.dense_up_to_tokens)
-
-    def step() -> None:
-        if loop.token.is_cuda:
-            replay()
-        else:
-            # Nothing is captured: the model itself runs
-            with torch.no_grad(), enabled(bed.model):
-                replay()
-        loop.start -= 1
-
-    return step
+    return captured_step(bed.model, bed.dense if dense else bed.sparse, options=options)
 
 
 def _inputs(bed: Bed) -> dict[str, Any]:
@@ -223,16 +201,3 @@ def model_row(
         runs=s.runs, tokens_per_second=tokens * cache.batch_size * 1e6 / s.median_us, weights_floor_ms=floor_ms,
         build_seconds=build_s, peak_bytes=peak, **machine._asdict(),
     )  # fmt: skip
-
-
-def _fill(cache: tls.TLSCache, context: int) -> None:
-    """Random keys and values, as if ``context`` tokens had been read; a real prefill would take minutes of a run."""
-    for layer in cache.tls_layers:
-        keys, _ = (buffer.normal_() for buffer in layer.buffers())
-        if layer.index is not None:
-            labels = layer.index.labels
-            layer.index.fit(keys[:, :, : min(FIT_TOKENS, context)])
-            for first in range(0, context, CHUNK_TOKENS):
-                tokens = slice(first, min(first + CHUNK_TOKENS, context))
-                labels.write(keys[:, :, tokens], torch.full((keys.shape[0],), first, device=keys.device))
-    cache.advance(context)

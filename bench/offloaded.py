@@ -16,11 +16,10 @@ from torch import Tensor
 
 import flex_tls as tls
 from flex_tls import static
-from flex_tls.decode import Loop
 from flex_tls.fused import Chosen
-from flex_tls.integrations.huggingface import enabled
 from flex_tls.offloaded_layer import OffloadedLayer
 
+from .steps import captured_step
 from .trace import trace
 
 # Steps of a trace, which then begins again; as many warm the pools. On a CPU a dry run
@@ -58,26 +57,17 @@ def traced_step(model: Any, cache: tls.TLSCache) -> Callable[[], object]:
     for number, layer in enumerate(cache.offloaded_layers):
         index: Any = layer.index
         n_filled = cache.get_seq_length() // index.cfg.block_size + 1
-        kept = min(index.cfg.kept_blocks, n_filled)
+        kept = min(layer.cfg.kept_blocks, n_filled)
         rows = cache.batch_size * index.n_kv_heads
         index.trace = trace(n_steps, rows, n_filled, kept, device=device, seed=number)
         index.clock = clock
         layer.prepare()
         # The trace warms it
         layer.opened().is_warm = True
-    ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
-    loop = Loop(model, cache, ids, progress=True)
-    loop.start.copy_(torch.tensor(cache.seq_lens))
-    with torch.no_grad(), enabled(model), _traced_choices():
-        replay = loop.build(sparse=True)
+    replay = captured_step(model, cache, during=_traced_choices)
 
     def step() -> None:
-        if device.type == "cuda":
-            replay()
-        else:
-            with torch.no_grad(), enabled(model), _traced_choices():
-                replay()
-        loop.start.sub_(1)
+        replay()
         clock.add_(1)
 
     for _ in range(n_steps):

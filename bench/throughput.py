@@ -16,16 +16,12 @@ import torch
 from flex_tls.offload import host_bytes_available
 
 import flex_tls as tls
-from flex_tls.decode import Loop
-from flex_tls.integrations.huggingface import enabled
 from flex_tls.memory import free_bytes, longest_that_fits
-from flex_tls.offloaded_layer import OffloadedLayer
 
 from .offloaded import offload_figures, traced_step
+from .steps import captured_step, fill
 from .timing import samples, spread
 
-FIT_TOKENS = 2048
-CHUNK_TOKENS = 8192
 # Tokens behind the context
 ROOM_TOKENS = 64
 # What a step takes beside weights and cache: activations, cuBLAS's workspace, the trace
@@ -75,7 +71,7 @@ def measure(
             cache = make_cache(model, cfg, WAYS[name], b, context)
             fill(cache, context)
             offloaded = bool(cache.offloaded_layers)
-            step = traced_step(model, cache) if offloaded else _step(model, cache)
+            step = traced_step(model, cache) if offloaded else captured_step(model, cache)
         built = time.perf_counter() - start
         device = next(model.parameters()).device
         s = spread(samples({name: step}, device, runs)[name])
@@ -121,44 +117,6 @@ def largest_batch(
     if host is not None:
         fits = longest_that_fits(lambda b: empty(b).host_nbytes, host, fits)
     return fits
-
-
-def fill(cache: tls.TLSCache, context: int) -> None:
-    """Random keys and values, a piece at a time, as if ``context`` tokens had been read."""
-    b = cache.batch_size
-    for layer in cache.tls_layers:
-        index = layer.index
-        if not isinstance(layer, OffloadedLayer):
-            for buffer in layer.buffers():
-                buffer.normal_()
-        for first in range(0, context, CHUNK_TOKENS):
-            n = min(CHUNK_TOKENS, context - first)
-            if isinstance(layer, OffloadedLayer):
-                shape = (b, cache.shape.n_kv_heads, n, cache.shape.head_dim)
-                keys, values = torch.randn(2, *shape, dtype=cache.dtype, device=cache.device).unbind()
-                layer.opened().write(keys, values, [first] * b, [n] * b)
-            else:
-                keys = layer.buffers()[0][:, :, first : first + n]
-            if index is not None:
-                if first == 0:
-                    index.fit(keys[:, :, :FIT_TOKENS])
-                index.labels.write(keys, torch.full((b,), first, device=keys.device))
-    cache.advance(context)
-
-
-def _step(model: Any, cache: tls.TLSCache) -> Callable[[], object]:
-    device = next(model.parameters()).device
-    loop = Loop(model, cache, torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device), progress=True)
-    loop.start.copy_(torch.tensor(cache.seq_lens))
-    with torch.no_grad(), enabled(model):
-        replay = loop.build(sparse=max(cache.seq_lens) + 1 > cache.cfg.dense_up_to_tokens)
-
-    def step() -> None:
-        with torch.no_grad(), enabled(model):
-            replay()
-        loop.start.sub_(1)
-
-    return step
 
 
 def _transformers(model: Any, context: int) -> Callable[[], object]:

@@ -28,7 +28,6 @@ from flex_tls.evaluate.prefilled import Prefilled, Step
 from flex_tls.evaluate.rows import Origin
 from flex_tls.index import KVIndex
 from flex_tls.labels import Keys, TokenLabels
-from flex_tls.mods import query_positions
 from flex_tls.record import Recorder
 from flex_tls.selection import BlockSelection, TokenSelection, reduce_group
 
@@ -284,15 +283,10 @@ class Sharing:
         self._layer = self._layers[id(index)]
         if self.rule.level == "tokens":
             return self._blocks(scores, index, cfg)
-        group, t, n = scores.shape[2:]
-        position = query_positions(index.seq_lens, t)[:, None, :, None]
-        block = torch.arange(n, device=scores.device)
-        first, mass = block * cfg.block_size, reduce_group(scores, cfg)
-        forced = (first < cfg.sink_tokens) | (first + cfg.block_size > position - cfg.recent_tokens + 1)
-        rank = torch.where(forced, torch.inf, mass).masked_fill(first > position, -torch.inf)
-        kept = self._keep(rank, mass.clamp_min(0.0))
+        group, n = scores.shape[2], scores.shape[4]
+        kept = self._keep(selection.block_ranks(scores, index, cfg), reduce_group(scores, cfg).clamp_min(0.0))
         counts = kept.sum(-1)
-        indices = torch.where(kept, block, n).sort(-1).values[..., : int(counts.max())]
+        indices = torch.where(kept, torch.arange(n, device=scores.device), n).sort(-1).values[..., : int(counts.max())]
         return BlockSelection(indices.int(), counts.int(), n, cfg.block_size, group, index.capacity_tokens)
 
     def keep_best(self, rank: Tensor, k: int) -> Tensor:

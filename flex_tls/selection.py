@@ -220,22 +220,22 @@ def block_scores(
     return scores
 
 
+def block_ranks(scores: Tensor, index: KVIndex, cfg: TLSConfig) -> Tensor:
+    """Float32 [B, HKV, T, N] of :func:`block_scores`: +inf for sinks and recent window, -inf past a query."""
+    position = query_positions(index.seq_lens, scores.shape[3])[:, None, :, None]
+    first = torch.arange(scores.shape[4], device=scores.device) * cfg.block_size
+    forced = (first < cfg.sink_tokens) | (first + cfg.block_size > position - cfg.recent_tokens + 1)
+    return torch.where(forced, torch.inf, reduce_group(scores, cfg)).masked_fill(first > position, -torch.inf)
+
+
 def keep_blocks(scores: Tensor, index: KVIndex, cfg: TLSConfig) -> BlockSelection:
     """The best blocks by :func:`block_scores`, sinks and window first."""
-    group, t, n = scores.shape[2:]
-    size = cfg.block_size
-    position = query_positions(index.seq_lens, t)[:, None, :, None]
-    block = torch.arange(n, device=scores.device)
-    allowed = block <= torch.div(position, size, rounding_mode="floor")
-    rank = reduce_group(scores, cfg)
-    forced = block * size < cfg.sink_tokens
-    forced = forced | ((block + 1) * size > position - cfg.recent_tokens + 1)
-    rank = torch.where(forced, torch.inf, rank).masked_fill(~allowed, -torch.inf)
+    group, n = scores.shape[2], scores.shape[4]
     k = min(cfg.kept_blocks, n)
-    best, order = rank.sort(dim=-1, descending=True, stable=True)
+    best, order = block_ranks(scores, index, cfg).sort(dim=-1, descending=True, stable=True)
     chosen = best[..., :k] > -torch.inf
     indices = torch.where(chosen, order[..., :k], n).sort(-1).values
-    return BlockSelection(indices.int(), chosen.sum(-1).int(), n, size, group, index.capacity_tokens)
+    return BlockSelection(indices.int(), chosen.sum(-1).int(), n, cfg.block_size, group, index.capacity_tokens)
 
 
 def label_block_scores(tokens: Tensor, cfg: TLSConfig) -> Tensor:

@@ -18,10 +18,10 @@ from .cache import TLSCache
 from .config import TLSConfig
 from .index import KVIndex
 from .integrations.huggingface import enabled
-from .mods import MaskMod, query_positions
+from .mods import MaskMod
 from .prefill import read_prompt
 from .record import Recorder
-from .selection import BlockSelection, TokenSelection, block_scores, level_scores, reduce_group
+from .selection import BlockSelection, TokenSelection, block_ranks, block_scores, level_scores
 
 # Shares are multiples of 1 / STEPS: a compiled backend compiles for every number of blocks that it meets
 STEPS = 4
@@ -120,9 +120,5 @@ class _Notes(Recorder):
     ) -> None:  # fmt: skip
         cfg = self._cfg
         few = None if index.summary is not None else level_scores(q, index, cfg, None, mask_mod, scale)[1]
-        mass = reduce_group(block_scores(q, index, cfg, few, mask_mod, scale), cfg)
-        position = query_positions(index.seq_lens, q.shape[2])[:, None, :, None]
-        first = torch.arange(index.n_blocks, device=q.device) * cfg.block_size
-        forced = (first < cfg.sink_tokens) | (first + cfg.block_size > position - cfg.recent_tokens + 1)
-        mass = torch.where(forced, torch.inf, mass).masked_fill(first > position, -torch.inf)
-        self.mass.setdefault(layer, []).append(mass)
+        scores = block_scores(q, index, cfg, few, mask_mod, scale)
+        self.mass.setdefault(layer, []).append(block_ranks(scores, index, cfg))

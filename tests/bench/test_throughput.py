@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flex_tls as tls
-from bench import throughput
+from bench import steps, throughput
 from bench.__main__ import main
 from bench.models import random_model
 
@@ -45,9 +45,9 @@ def test_the_largest_batch_fits_and_one_more_does_not(
 def test_filled_caches_hold_labels_of_their_keys(
     model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(throughput, "CHUNK_TOKENS", 100)
+    monkeypatch.setattr(steps, "CHUNK_TOKENS", 100)
     cache = throughput.make_cache(model, CFG, throughput.WAYS[name], 2, 230)
-    throughput.fill(cache, 230)
+    steps.fill(cache, 230)
     assert cache.seq_lens == [230, 230]
     layer = cache.tls_layers[1]
     assert layer.index is not None
