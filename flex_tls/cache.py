@@ -13,11 +13,11 @@ from transformers.cache_utils import Cache
 from . import saved
 from .attention import Backend, check_backend, resolve_backend
 from .audit import Auditor, OnDrift
-from .cache_layer import Shared, TLSLayer, new_index
+from .cache_layer import Shared, TLSLayer
 from .config import TLSConfig
 from .device import why_not_here
+from .footprint import Footprint, check_fits, footprint
 from .index import KVIndex, fit
-from .memory import free_bytes, longest_that_fits
 from .model_config import ModelShape, read_model_config
 from .offload import LayerStats, OffloadConfig, ops
 from .offloaded_layer import OffloadedLayer, allocate_offloaded, balanced_pools, choose_offloaded, size_pools
@@ -391,60 +391,38 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     @property
     def kv_nbytes(self) -> int:
         """Bytes of all keys and values, allocated or to be, wherever they are."""
-        return sum(self._bytes(self.max_len)[:2])
+        takes = self._takes(self.max_len, self.dtype)
+        return takes.kv_on_device + takes.kv_on_host
 
     @property
     def host_nbytes(self) -> int:
         """Bytes of the keys and values in host memory, allocated or to be; 0 without offload."""
-        return self._bytes(self.max_len)[1]
+        return self._takes(self.max_len, self.dtype).kv_on_host
 
     @property
     def device_nbytes(self) -> int:
         """Bytes on the model's device, allocated or to be: keys and values that stay there, index, pools."""
-        return self._device_bytes(self.max_len, self.dtype)
+        return self._takes(self.max_len, self.dtype).on_device
 
     @property
     def index_nbytes(self) -> int:
         """Bytes of all indexes, allocated or to be."""
-        return self._bytes(self.max_len)[2]
+        return self._takes(self.max_len, self.dtype).indexes
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything, allocated or to be."""
-        return sum(self._bytes(self.max_len))
+        """Bytes of keys and values, wherever they are, and of all indexes, allocated or to be."""
+        return self.kv_nbytes + self.index_nbytes
 
-    def _bytes(self, max_len: int, dtype: torch.dtype | None = None) -> tuple[int, int, int]:
-        """Bytes of keys and values on device and host, and of indexes, of a cache like this for ``max_len`` tokens."""
-        shared, shape = replace(self._shared, max_len=max_len), self._shared.shape
-        dtype = dtype or self.dtype
-        tokens = self.batch_size * shared.capacity_tokens * shape.n_kv_heads
-        n_away, config = len(self.offloaded_layers), self.offload_config
-        here = (shape.n_layers - n_away) * tokens * 2 * shape.head_dim * dtype.itemsize
-        away = 0 if config is None else n_away * tokens * config.token_bytes(shape.head_dim, dtype.itemsize)
-        n_indexed = sum(not shared.cfg.is_dense(i) for i in range(shape.n_layers))
-        return here, away, n_indexed * new_index(shared, dtype, torch.device("meta")).nbytes
-
-    def _device_bytes(self, max_len: int, dtype: torch.dtype) -> int:
-        """Bytes on the model's device of a cache like this one for ``max_len`` tokens, pools as they are."""
-        here, _, index = self._bytes(max_len, dtype)
-        pools = sum(layer.new_pool(dtype, torch.device("meta")).nbytes for layer in self.offloaded_layers)
-        return here + index + pools
+    def _takes(self, max_len: int, dtype: torch.dtype) -> Footprint:
+        """What a cache like this one takes for ``max_len`` tokens."""
+        return footprint(replace(self._shared, max_len=max_len), self.offloaded_layers, self.offload_config, dtype)
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         resolve_backend(self._shared.backend, device, why_not_here(device))
-        index = self._bytes(self.max_len, dtype)[2]
         if self.offload_config is not None:
             size_pools(self.offloaded_layers, self.offload_config, dtype)
-        total = self._device_bytes(self.max_len, dtype)
-        kv = total - index
-        needed = f"TLSCache: {total:,} bytes needed on {device} ({kv:,} for keys and values, {index:,} for the index)"
-        room = free_bytes(device)
-        if room is not None and total > room:
-            fits = longest_that_fits(lambda n: self._device_bytes(n, dtype), room, self.max_len)
-            way = f"max_len={fits} is the longest that fits" if fits else "no length fits"
-            raise MemoryError(
-                f"{needed}, {room:,} are free; {way} with batch_size={self.batch_size}, got max_len={self.max_len}"
-            )
+        needed = check_fits(lambda n: self._takes(n, dtype), self.max_len, self.batch_size, device)
         try:
             # Also under a caller's inference mode, whose tensors could not be written to outside of it
             with torch.inference_mode(False):

@@ -1,4 +1,4 @@
-"""Whether buffers fit before they are allocated."""
+"""What a device can still give, and the longest length within it."""
 
 from __future__ import annotations
 

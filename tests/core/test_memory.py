@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 import flex_tls as tls
-from flex_tls import cache as cache_module
+from flex_tls import footprint as footprint_module
 from flex_tls.memory import free_bytes, longest_that_fits
 
 MODEL = LlamaConfig(
@@ -55,14 +55,14 @@ def test_a_cache_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPat
         return tls.TLSCache(MODEL, batch_size=3, max_len=max_len, dtype=dtype, device="cpu")
 
     room = make(1000).nbytes
-    monkeypatch.setattr(cache_module, "free_bytes", lambda device: room)
+    monkeypatch.setattr(footprint_module, "free_bytes", lambda device: room)
     assert make(1000).nbytes == room
     with pytest.raises(MemoryError, match=rf"bytes needed on cpu .*, {room:,} are free; max_len=\d+ is") as caught:
         make(5000)
     longest = int(re.findall(r"max_len=(\d+) is the longest", str(caught.value))[0])
     assert longest == 1024
     assert make(longest).nbytes == room
-    monkeypatch.setattr(cache_module, "free_bytes", lambda device: 10)
+    monkeypatch.setattr(footprint_module, "free_bytes", lambda device: 10)
     with pytest.raises(MemoryError, match="no length fits with batch_size=3, got max_len=5000"):
         make(5000)
 
@@ -70,7 +70,7 @@ def test_a_cache_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPat
 def test_a_refused_cache_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tls.TLSCache(MODEL, max_len=300)
     key = torch.zeros(1, 2, 4, 32)
-    monkeypatch.setattr(cache_module, "free_bytes", lambda device: 10)
+    monkeypatch.setattr(footprint_module, "free_bytes", lambda device: 10)
     cache.begin(None, 4, 1)
     with pytest.raises(MemoryError, match="no length fits"):
         cache.update(key, key, 0)
