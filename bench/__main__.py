@@ -224,7 +224,8 @@ def run_tries(args: argparse.Namespace) -> int:
     from flex_tls.cli.options import config
     from flex_tls.evaluate.documents import read_documents
 
-    from .tries import key_of, make_tries, measure, read, table
+    from .tries.measure import make_tries, measure
+    from .tries.rows import key_of, read, table
 
     tries = make_tries(
         args.tries.split(","), config(args.context, args.block_budget, args.token_budget, args.block_size)
@@ -347,7 +348,7 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.set_defaults(command=run_synthetic)
     tries = run.add_parser("tries", help="ideas for index and budgets on SmolLM2, at equal bytes and budgets; CPU")
     tries.add_argument("texts", type=Path, nargs="*", default=[rows.ROOT / "out" / "texts"], help="files, folders")
-    tries.add_argument("--tries", default="bits,blocks,tokens", help="sets or names of bench/tries.py, comma-separated")
+    tries.add_argument("--tries", default="bits,blocks,tokens", help="sets or names of bench/tries, comma-separated")
     tries.add_argument("--context", type=int, default=3072, help="tokens before the first scored one")
     tries.add_argument("--scored", type=int, default=64, help="tokens scored in each document")
     tries.add_argument("--documents", type=int, default=24, help="files to read, at most")

@@ -8,21 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flex_tls as tls
-from bench.tries import (
-    BITS,
-    BUDGETS,
-    BY_LAYER,
-    MixedLabels,
-    Rule,
-    Sharing,
-    bytes_of,
-    kept_counts,
-    make_tries,
-    needs,
-    share_out,
-    threshold_for,
-    widths,
-)
+from bench.tries.labels import MixedLabels, bytes_of, widths
+from bench.tries.measure import BITS, make_tries
+from bench.tries.rules import BUDGETS, BY_LAYER, Rule, Sharing, kept_counts, needs, share_out, threshold_for
 from flex_tls import selection
 from flex_tls.labels import TokenLabels, fit
 
