@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal, get_args
 
 IndexKind = Literal["lowrank", "box", "quest", "mean", "oracle"]
 LabelBasis = Literal["lowrank", "channels"]
 GroupReduce = Literal["softmax_mean", "softmax_max", "max", "mean"]
 BlockReduce = Literal["max", "logsumexp"]
+
+# A label channel's bits
+LABEL_BITS = (2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +32,10 @@ class TLSConfig:
             ``"quest"``: upper bound from per-channel min and max (Quest, arXiv 2406.10774);
             ``"box"``: the same with the radius damped by ``box_radius``; ``"mean"``: mean key;
             ``"oracle"``: exact keys kept as labels, for tests and upper bounds.
-        label_dims: channels of a token label (C), cut to the head dimension; a label takes whole 32-bit words.
-        label_bits: bits per label channel; 2, 4 or 8.
+        label_dims: channels of a token label (C), cut to the head dimension; a label takes whole 32-bit words. By
+            default (None) 32, or as many as the words of ``label_bits`` hold.
+        label_bits: bits per label channel, 2, 4 or 8; or those of each 32-bit word: ``(4, 2)`` is 8 channels of 4 bits
+            and then 16 of 2, in 8 bytes. The leading channels weigh most, and are worth more bits.
         label_basis: what a label's channels are. ``"lowrank"``: directions fitted to keys and queries (default);
             ``"channels"``: the key's own channels of the largest products with queries (Double Sparsity,
             arXiv 2408.07092, with the prompt for calibration).
@@ -57,8 +63,8 @@ class TLSConfig:
     sink_tokens: int = 64
     recent_tokens: int = 64
     index: IndexKind = "lowrank"
-    label_dims: int = 32
-    label_bits: int = 4
+    label_dims: int | None = None
+    label_bits: int | tuple[int, ...] = 4
     label_basis: LabelBasis = "lowrank"
     filter_dims: int | None = None
     block_reduce: BlockReduce = "max"
@@ -71,26 +77,17 @@ class TLSConfig:
 
     def __post_init__(self) -> None:
         self._choice("block_size", (16, 32, 64, 128))
-        self._choice("label_bits", (2, 4, 8))
+        self._check_labels()
         self._choice("index", get_args(IndexKind))
         self._choice("label_basis", get_args(LabelBasis))
         self._choice("group_reduce", get_args(GroupReduce))
         self._choice("block_reduce", get_args(BlockReduce))
         self._at_least("sink_tokens", 0)
         self._at_least("recent_tokens", 1)
-        self._at_least("label_dims", 1)
         self._check_dense_layers()
         self._check_block_shares()
         self._at_least("sparse_query_tokens", 1)
         self._at_least("sparse_from_tokens", 0)
-        per_word = 32 // self.label_bits
-        if self.filter_dims is not None and (
-            not 1 <= self.filter_dims <= self.label_dims or self.filter_dims % per_word
-        ):
-            raise ValueError(
-                f"filter_dims: expected at most label_dims = {self.label_dims} and a multiple of {per_word}, the "
-                f"channels of {self.label_bits} bits in a word of 32, got {self.filter_dims}; None reads all of them"
-            )
         if not 0.0 <= self.box_radius <= 1.0:
             raise ValueError(f"box_radius: expected a share between 0 and 1, got {self.box_radius}")
         least = self.forced_blocks * self.block_size
@@ -112,6 +109,20 @@ class TLSConfig:
                     f"token_budget: expected at most block_budget = {self.block_budget}, got {self.token_budget}; "
                     "level 2 chooses inside what level 1 kept (None keeps all of it)"
                 )
+
+    @property
+    def label_channels(self) -> int:
+        """C, before it is cut to the head dimension."""
+        if self.label_dims is not None:
+            return self.label_dims
+        return 32 if isinstance(self.label_bits, int) else sum(32 // bits for bits in self.label_bits)
+
+    def label_words(self, n_channels: int) -> tuple[int, ...]:
+        """Bits of a channel in each 32-bit word of a label's leading ``n_channels``."""
+        if isinstance(self.label_bits, int):
+            return (self.label_bits,) * -(-n_channels * self.label_bits // 32)
+        before = accumulate((32 // bits for bits in self.label_bits), initial=0)
+        return tuple(bits for bits, begin in zip(self.label_bits, before, strict=False) if begin < n_channels)
 
     @property
     def forced_blocks(self) -> int:
@@ -164,6 +175,31 @@ class TLSConfig:
             raise ValueError(f"block_shares: expected a number above 0 for every layer, got {self.block_shares!r}")
         # A tuple also if it came from JSON
         object.__setattr__(self, "block_shares", tuple(map(float, shares)))
+
+    def _check_labels(self) -> None:
+        widths = self.label_bits if isinstance(self.label_bits, int) else tuple(self.label_bits)
+        for bits in (widths,) if isinstance(widths, int) else widths:
+            if bits not in LABEL_BITS:
+                raise ValueError(f"label_bits: expected one of {', '.join(map(str, LABEL_BITS))}, got {bits!r}")
+        if widths == ():
+            raise ValueError("label_bits: expected the bits of at least one word, got ()")
+        # A tuple also if it came from JSON
+        object.__setattr__(self, "label_bits", widths)
+        if self.label_dims is not None:
+            self._at_least("label_dims", 1)
+        dims, words = self.label_channels, self.label_words(self.label_channels)
+        ends = tuple(accumulate(32 // bits for bits in words))
+        if dims > ends[-1] or (not isinstance(widths, int) and len(words) < len(widths)):
+            begins = (0, *accumulate(32 // bits for bits in widths))
+            raise ValueError(
+                f"label_dims: expected {begins[-2] + 1} to {begins[-1]}, so that they fill the words of "
+                f"label_bits={widths}, got {dims}; None takes all that fit"
+            )
+        if self.filter_dims is not None and self.filter_dims not in (ends := tuple(min(end, dims) for end in ends)):
+            raise ValueError(
+                f"filter_dims: expected one of {', '.join(map(str, ends))}, the leading channels in whole 32-bit words of "
+                f"label_dims = {dims}, got {self.filter_dims}; None reads all of them"
+            )
 
     def _check_dense_layers(self) -> None:
         if isinstance(self.dense_layers, int):

@@ -78,7 +78,10 @@ class Explanation:
         """What is not of a layer, by name."""
         cfg, shape = self.cfg, self.shape
         kept = "all of them" if cfg.token_budget is None else f"{cfg.token_budget:,} of them"
-        index = f"{cfg.label_dims} channels of {cfg.label_bits} bits" if cfg.index == "lowrank" else "one entry a block"
+        bits = (
+            cfg.label_bits if isinstance(cfg.label_bits, int) else " and ".join(map(str, dict.fromkeys(cfg.label_bits)))
+        )
+        index = f"{cfg.label_channels} channels of {bits} bits" if cfg.index == "lowrank" else "one entry a block"
         by_layer = ""
         if cfg.block_shares is not None:
             by_layer = f", {min(cfg.block_shares):g} to {max(cfg.block_shares):g} times as many by layer"

@@ -112,7 +112,7 @@ def _options(index: KVIndex, cfg: TLSConfig, scale: float) -> dict[str, Any]:
     """What all ops take of labels and configuration."""
     n_dims = index.labels.to_query.shape[-1]
     return {
-        "bits": index.labels.bits, "block_size": cfg.block_size, "kept_blocks": cfg.kept_blocks,
+        "bits": index.labels.words, "block_size": cfg.block_size, "kept_blocks": cfg.kept_blocks,
         "sinks": cfg.sink_tokens, "recent": cfg.recent_tokens, "scale": scale,
         "filter_dims": min(cfg.filter_dims or n_dims, n_dims), "block_reduce": cfg.block_reduce,
         "group_reduce": cfg.group_reduce,
@@ -149,12 +149,12 @@ def _launch(
 @torch.library.custom_op("flex_tls::fused_attention", mutates_args=())
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor,
-    arrivals: Tensor, bits: int, block_size: int, kept_blocks: int, token_budget: int | None, sinks: int, recent: int,
+    arrivals: Tensor, bits: list[int], block_size: int, kept_blocks: int, token_budget: int | None, sinks: int, recent: int,
     scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Level 1, level 2 and attention. ``arrivals`` int32 [3, R] is all zeros before and after."""
     out, lse, work = _launch(
-        q, k, v, seq_lens, codes, to_query, low, step, arrivals, bits=bits, block_size=block_size,
+        q, k, v, seq_lens, codes, to_query, low, step, arrivals, bits=tuple(bits), block_size=block_size,
         kept_blocks=kept_blocks, token_budget=token_budget, sinks=sinks, recent=recent, scale=scale,
         filter_dims=filter_dims, block_reduce=block_reduce, group_reduce=group_reduce,
     )  # fmt: skip
@@ -164,7 +164,7 @@ def fused_attention(
 @fused_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor,
-    arrivals: Tensor, bits: int, block_size: int, kept_blocks: int, token_budget: int | None, sinks: int, recent: int,
+    arrivals: Tensor, bits: list[int], block_size: int, kept_blocks: int, token_budget: int | None, sinks: int, recent: int,
     scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, n_blocks = q.shape[0] * codes.shape[1] * q.shape[2], codes.shape[-1] // block_size
@@ -181,12 +181,12 @@ def _(
 @torch.library.custom_op("flex_tls::choose_blocks", mutates_args=())
 def choose(
     q: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor, arrivals: Tensor,
-    bits: int, block_size: int, kept_blocks: int, sinks: int, recent: int, scale: float, filter_dims: int,
+    bits: list[int], block_size: int, kept_blocks: int, sinks: int, recent: int, scale: float, filter_dims: int,
     block_reduce: str, group_reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Level 1: the fields of :class:`Chosen`."""
     _, _, work = _launch(
-        q, None, None, seq_lens, codes, to_query, low, step, arrivals, bits=bits, block_size=block_size,
+        q, None, None, seq_lens, codes, to_query, low, step, arrivals, bits=tuple(bits), block_size=block_size,
         kept_blocks=kept_blocks, token_budget=None, sinks=sinks, recent=recent, scale=scale, filter_dims=filter_dims,
         block_reduce=block_reduce, group_reduce=group_reduce,
     )  # fmt: skip
@@ -196,7 +196,7 @@ def choose(
 @choose.register_fake
 def _(
     q: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor, arrivals: Tensor,
-    bits: int, block_size: int, kept_blocks: int, sinks: int, recent: int, scale: float, filter_dims: int,
+    bits: list[int], block_size: int, kept_blocks: int, sinks: int, recent: int, scale: float, filter_dims: int,
     block_reduce: str, group_reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, group, n = (
@@ -208,7 +208,7 @@ def _(
     chunk, chunks = _tiles(q, codes, kept * block_size).chunk(n)
     floats = low.new_empty
     return (
-        codes.new_empty(rows, group, 8 // bits, codes.shape[2]), floats(rows, group, 2), floats(rows, group),
+        codes.new_empty(rows, group, sum(8 // each for each in bits)), floats(rows, group, 2), floats(rows, group),
         floats(rows, group, chunk * chunks), floats(rows, group, 2), codes.new_empty(rows, kept),
         codes.new_empty(rows),
     )  # fmt: skip
@@ -218,7 +218,7 @@ def _(
 def attend_slots(
     q: Tensor, slots: Tensor, slot_of_block: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor,
     step: Tensor, arrivals: Tensor, asked: Tensor, base: Tensor, unit: Tensor, scores: Tensor, norms: Tensor,
-    blocks: Tensor, counts: Tensor, bits: int, block_size: int, kept_blocks: int, token_budget: int | None, sinks: int,
+    blocks: Tensor, counts: Tensor, bits: list[int], block_size: int, kept_blocks: int, token_budget: int | None, sinks: int,
     recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
 ) -> Tensor:  # fmt: skip
     """Level 2 and attention over a pool; see :func:`attend_chosen`."""
@@ -227,7 +227,7 @@ def attend_slots(
     # Blocks' keys and what comes later are not read
     given = Work(asked, base, unit, scores, norms, blocks, blocks, counts, blocks, blocks, counts)
     out: Tensor = _launch(
-        q, slots[..., 0, :], slots[..., 1, :], seq_lens, codes, to_query, low, step, arrivals, bits=bits,
+        q, slots[..., 0, :], slots[..., 1, :], seq_lens, codes, to_query, low, step, arrivals, bits=tuple(bits),
         block_size=block_size, kept_blocks=kept_blocks, token_budget=token_budget, sinks=sinks, recent=recent,
         scale=scale, filter_dims=filter_dims, block_reduce=block_reduce, group_reduce=group_reduce, given=given,
         pages=slot_of_block,

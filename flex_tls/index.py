@@ -73,11 +73,11 @@ class KVIndex:
         self.max_len = 0
         self.fitted_tokens = 0
         self.observed_tokens = 0
-        bits = None if cfg.index == "oracle" else cfg.label_bits
-        dims = min(cfg.label_dims, head_dim)
+        dims = min(cfg.label_channels, head_dim)
+        words = None if cfg.index == "oracle" else cfg.label_words(dims)
         # Whole blocks: selection then never meets a ragged edge, where Inductor's C++ (torch 2.13) reads stale memory
         self.labels = TokenLabels.empty(
-            batch_size, n_kv_heads, self.n_blocks * cfg.block_size, head_dim, dims=dims, bits=bits, device=device
+            batch_size, n_kv_heads, self.n_blocks * cfg.block_size, head_dim, dims=dims, words=words, device=device
         )
         # Workspace of the fused kernels: all zeros before and after each call
         rows = batch_size * n_kv_heads * MAX_QUERY_TOKENS

@@ -9,8 +9,9 @@ Centring shifts all scores of one query by the same amount, which no ranking and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +35,13 @@ class TokenLabels:
 
     Attributes:
         codes: int32 [B, HKV, W, S]: W words of 32 bits hold a token's channels, lowest bits first, so that neighbouring
-            tokens lie side by side; or float32 [B, HKV, D, S] when ``bits`` is None (exact keys).
+            tokens lie side by side; or float32 [B, HKV, D, S] when ``words`` is None (exact keys).
         to_code, offset: float32 [B, HKV, D, C] and [B, HKV, C]; ``key @ to_code + offset``, rounded, is the code.
         to_query: float32 [B, HKV, D, C], applied to queries.
         low, step: float32 [B, HKV, C]; a channel's value is ``low + step * code``.
         query_sum: float32 [B, HKV, D, D], sum of q q^T over the queries seen so far.
         query_count: float32 [B], queries in that sum, per KV head.
+        words: bits of a channel in each word; see :class:`flex_tls.TLSConfig`.
     """
 
     codes: Tensor
@@ -50,16 +52,18 @@ class TokenLabels:
     step: Tensor
     query_sum: Tensor
     query_count: Tensor
-    bits: int | None
+    words: tuple[int, ...] | None
 
     @classmethod
-    def empty(cls, b: int, h: int, s: int, d: int, *, dims: int, bits: int | None, device: torch.device) -> TokenLabels:
-        """Zeroed buffers for ``s`` tokens; ``bits=None`` keeps exact float32 keys (C = D, identity projection)."""
-        c = d if bits is None else dims
+    def empty(
+        cls, b: int, h: int, s: int, d: int, *, dims: int, words: tuple[int, ...] | None, device: torch.device
+    ) -> TokenLabels:
+        """Zeroed buffers for ``s`` tokens; ``words=None`` keeps exact float32 keys (C = D, identity projection)."""
+        c = d if words is None else dims
         codes = (
             torch.zeros(b, h, d, s, device=device)
-            if bits is None
-            else torch.zeros(b, h, -(-c * bits // 32), s, dtype=torch.int32, device=device)
+            if words is None
+            else torch.zeros(b, h, len(words), s, dtype=torch.int32, device=device)
         )
         eye = torch.eye(d, c, device=device).expand(b, h, d, c)
         return cls(
@@ -71,13 +75,20 @@ class TokenLabels:
             step=torch.ones(b, h, c, device=device),
             query_sum=torch.zeros(b, h, d, d, device=device),
             query_count=torch.zeros(b, device=device),
-            bits=bits,
+            words=words,
         )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The buffers by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "bits"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "words"}
+
+    @property
+    def levels(self) -> Tensor:
+        """Float32 [C]: each channel's largest code. Filled where it is needed: no copy from the host."""
+        assert self.words is not None
+        device, c = self.low.device, self.low.shape[-1]
+        return torch.cat([torch.full((32 // bits,), 2.0**bits - 1, device=device) for bits in self.words])[:c]
 
     def forget_queries(self) -> None:
         """Start the queries' second moment anew."""
@@ -106,37 +117,37 @@ class TokenLabels:
             out_of_reach = ~weight[:, None, :, None]
             low = low.minimum(labels.masked_fill(out_of_reach, torch.inf).amin(2))
             high = high.maximum(labels.masked_fill(out_of_reach, -torch.inf).amax(2))
-        assert self.bits is not None
-        levels = 2**self.bits - 1
         self.low.copy_(low)
         bias = (center[:, :, None] @ to_label)[:, :, 0] + low
         # One token, or a channel without spread: any step does that float32 can resolve
         least = torch.finfo(torch.float32).eps * (bias.abs() + to_label.abs().amax(2))
-        self.step.copy_(((high - low) / levels).maximum(least))
+        self.step.copy_(((high - low) / self.levels).maximum(least))
         self.to_code.copy_(to_label / self.step[:, :, None])
         self.offset.copy_(-bias / self.step)
 
     def encode(self, k: Tensor) -> Tensor:
         """Labels of keys k [B, HKV, T, D], as a slice of ``codes``: [B, HKV, W, T]."""
-        if self.bits is None:
+        if self.words is None:
             return k.float().transpose(-1, -2)
         codes = k.float() @ self.to_code + self.offset[:, :, None]
-        codes = codes.round().clamp(0, 2**self.bits - 1).to(torch.int32)
-        per_word, n_words = 32 // self.bits, self.codes.shape[2]
-        if missing := n_words * per_word - codes.shape[-1]:
+        codes = codes.round().clamp_min(0).minimum(self.levels).to(torch.int32)
+        channels = [32 // bits for bits in self.words]
+        if missing := sum(channels) - codes.shape[-1]:
             codes = F.pad(codes, (0, missing))
-        codes = codes.view(*codes.shape[:-1], n_words, per_word)
         # Channels share no bit: their sum is their union
-        words = (codes << torch.arange(0, 32, self.bits, dtype=torch.int32, device=k.device)).sum(-1, dtype=torch.int32)
-        return words.transpose(-1, -2)
+        words = [
+            (part << torch.arange(0, 32, bits, dtype=torch.int32, device=k.device)).sum(-1, dtype=torch.int32)
+            for part, bits in zip(codes.split(channels, -1), self.words, strict=True)
+        ]
+        return torch.stack(words, -2)
 
     def write(self, k: Tensor, start: Tensor, counts: Tensor | None = None) -> None:
         """Label keys k [B, HKV, T, D] in slots ``start[b] + t``; of row b the first ``counts[b]``, all by default.
 
         start and counts int64 [B]. One kernel where it runs, and no host synchronisation; on a CPU ``counts`` take one.
         """
-        if self.bits is not None and k.is_cuda and why_not_here(k.device) is None:
-            label_keys(k, start, counts, self.codes, self.to_code, self.offset, self.bits)
+        if self.words is not None and k.is_cuda and why_not_here(k.device) is None:
+            label_keys(k, start, counts, self.codes, self.to_code, self.offset, self.words)
             return
         codes = self.encode(k)
         position = start[:, None] + torch.arange(k.shape[2], device=k.device)
@@ -155,7 +166,7 @@ class TokenLabels:
         first write every channel out as a float (2.5 times slower on a CPU; 8 times the index's bytes on a GPU). Eager,
         every channel would be several passes over the scores: there it is the matrix product, of the same integers.
         """
-        if self.bits is None:
+        if self.words is None:
             return q.float() @ self.codes
         asked = q.float() @ self.to_query
         base = asked * self.low[:, :, None]
@@ -165,24 +176,35 @@ class TokenLabels:
         # Inductor stores what as_strided takes: else its C++ loop would divide and round again for every token
         asked = asked.as_strided(asked.shape, asked.stride())
         # What rounding takes from a channel, given back for the middle code: scores err around the truth, not beside it
-        middle: float = (2**self.bits - 1) / 2
-        base = base + (exact - unit * asked) * middle
+        base = base + (exact - unit * asked) * (self.levels / 2)
         base = base[..., :dims].sum(-1, keepdim=True)
-        per_word = 32 // self.bits
         n_channels = asked.shape[-1] if dims is None else min(dims, asked.shape[-1])
         # Sums of integers below 2**24, exact in float32 and faster than in int32
         if not torch.compiler.is_compiling():
-            shift = torch.arange(0, 32, self.bits, dtype=torch.int32, device=q.device)
-            words = self.codes[:, :, : -(-n_channels // per_word), None]
-            values = ((words >> shift[:, None]) & (2**self.bits - 1)).flatten(2, 3)[:, :, :n_channels]
+            values = torch.cat(list(self._unpacked(n_channels)), 2)[:, :, :n_channels]
             scores: Tensor = base + unit * (asked[..., :n_channels] @ values.to(torch.float32))
             return scores
         total = torch.zeros_like(base)
-        for channel in range(n_channels):
-            word, place = divmod(channel, per_word)
-            value = (self.codes[:, :, word] >> (place * self.bits)) & (2**self.bits - 1)
-            total = total + asked[..., channel, None] * value[:, :, None].to(torch.float32)
+        channel = 0
+        for word, bits in enumerate(self.words):
+            for place in range(min(32 // bits, n_channels - channel)):
+                value = (self.codes[:, :, word] >> (place * bits)) & (2**bits - 1)
+                total = total + asked[..., channel, None] * value[:, :, None].to(torch.float32)
+                channel += 1
         return base + unit * total
+
+    def _unpacked(self, n_channels: int) -> Iterator[Tensor]:
+        """Codes int32 [B, HKV, C', S] of neighbouring words of one width, down to the word that ``n_channels`` end in."""
+        assert self.words is not None
+        first = channels = 0
+        for bits, run in groupby(self.words):
+            n_words = min(len(list(run)), -(-(n_channels - channels) * bits // 32))
+            if n_words < 1:
+                return
+            shift = torch.arange(0, 32, bits, dtype=torch.int32, device=self.codes.device)
+            words = self.codes[:, :, first : first + n_words, None]
+            yield ((words >> shift[:, None]) & (2**bits - 1)).flatten(2, 3)
+            first, channels = first + n_words, channels + n_words * 32 // bits
 
 
 def fit(labels: Sequence[TokenLabels], keys: Sequence[Keys], basis: LabelBasis = "lowrank") -> None:
@@ -190,7 +212,7 @@ def fit(labels: Sequence[TokenLabels], keys: Sequence[Keys], basis: LabelBasis =
 
     What a layer's few small matrices take is launches: those of all layers go through each step at once.
     """
-    if labels[0].bits is None:
+    if labels[0].words is None:
         return
     moments = [_key_moment(each()) for each in keys]
     asked = [_moment(each.query_sum, each.query_count) for each in labels]
@@ -204,7 +226,7 @@ def fit(labels: Sequence[TokenLabels], keys: Sequence[Keys], basis: LabelBasis =
 
 @torch.library.custom_op("flex_tls::label_keys", mutates_args=("codes",))
 def label_keys(
-    k: Tensor, start: Tensor, counts: Tensor | None, codes: Tensor, to_code: Tensor, offset: Tensor, bits: int
+    k: Tensor, start: Tensor, counts: Tensor | None, codes: Tensor, to_code: Tensor, offset: Tensor, bits: list[int]
 ) -> None:
     """See :func:`flex_tls.kernels.label_keys.launch_label_keys`."""
     from .kernels.label_keys import launch_label_keys
@@ -212,7 +234,7 @@ def label_keys(
     k = k if k.stride(-1) == 1 else k.contiguous()
     start, counts = start.contiguous(), None if counts is None else counts.contiguous()
     with torch.cuda.device_of(k):  # type: ignore[no-untyped-call,unused-ignore]
-        launch_label_keys(k, start, counts, codes, to_code, offset, bits=bits)
+        launch_label_keys(k, start, counts, codes, to_code, offset, bits=tuple(bits))
 
 
 def _key_moment(keys: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

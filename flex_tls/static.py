@@ -22,11 +22,11 @@ def decode_layer(
     ``arrivals`` int32 [R]: zeros before and after, R at least B * HKV * T.
     """
     if index is None:
-        append_tokens(k_new, v_new, start, keys, values, None, None, None, bits=8)
+        append_tokens(k_new, v_new, start, keys, values, None, None, None, bits=())
     else:
         labels = index.labels
-        assert labels.bits is not None
-        append_tokens(k_new, v_new, start, keys, values, labels.codes, labels.to_code, labels.offset, labels.bits)
+        assert labels.words is not None
+        append_tokens(k_new, v_new, start, keys, values, labels.codes, labels.to_code, labels.offset, labels.words)
     seq_lens = start + q.shape[2]
     if index is None or not sparse:
         out: Tensor = attend_all(q, keys, values, seq_lens, arrivals, scale)
@@ -44,9 +44,9 @@ def decode_offloaded(
     up to the engine's policy; a context that the budgets hold is selected whole.
     """
     labels, pool = index.labels, engine.pool
-    assert labels.bits is not None
+    assert labels.words is not None
     append_to_pool(
-        k_new, v_new, start, pool.slots, pool.slot_of_block, labels.codes, labels.to_code, labels.offset, labels.bits,
+        k_new, v_new, start, pool.slots, pool.slot_of_block, labels.codes, labels.to_code, labels.offset, labels.words,
         int8=engine.store.scales is not None,
     )  # fmt: skip
     seq_lens = start + 1
@@ -62,7 +62,7 @@ def decode_offloaded(
 @torch.library.custom_op("flex_tls::append_to_pool", mutates_args=("slots", "codes"))
 def append_to_pool(
     k_new: Tensor, v_new: Tensor, start: Tensor, slots: Tensor, slot_of_block: Tensor, codes: Tensor, to_code: Tensor,
-    offset: Tensor, bits: int, int8: bool,
+    offset: Tensor, bits: list[int], int8: bool,
 ) -> None:  # fmt: skip
     """As :func:`append_tokens`, into slots [B, HKV, P, BLOCK, 2, D] of a pool, by its table.
 
@@ -73,7 +73,7 @@ def append_to_pool(
     k_new, v_new = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_new, v_new))
     with torch.cuda.device_of(slots):  # type: ignore[no-untyped-call,unused-ignore]
         launch_append(
-            k_new, v_new, start, slots[..., 0, :], slots[..., 1, :], codes, to_code, offset, bits=bits,
+            k_new, v_new, start, slots[..., 0, :], slots[..., 1, :], codes, to_code, offset, bits=tuple(bits),
             pages=slot_of_block, int8=int8,
         )  # fmt: skip
 
@@ -81,14 +81,14 @@ def append_to_pool(
 @torch.library.custom_op("flex_tls::append_tokens", mutates_args=("keys", "values", "codes"))
 def append_tokens(
     k_new: Tensor, v_new: Tensor, start: Tensor, keys: Tensor, values: Tensor, codes: Tensor | None,
-    to_code: Tensor | None, offset: Tensor | None, bits: int,
+    to_code: Tensor | None, offset: Tensor | None, bits: list[int],
 ) -> None:  # fmt: skip
     """Keys, values and labels of new tokens; see :func:`flex_tls.kernels.append.launch_append`."""
     from .kernels.append import launch_append
 
     k_new, v_new = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_new, v_new))
     with torch.cuda.device_of(keys):  # type: ignore[no-untyped-call,unused-ignore]
-        launch_append(k_new, v_new, start, keys, values, codes, to_code, offset, bits=bits)
+        launch_append(k_new, v_new, start, keys, values, codes, to_code, offset, bits=tuple(bits))
 
 
 @torch.library.custom_op("flex_tls::attend_all", mutates_args=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -50,6 +51,13 @@ def make(
     )
 
 
+# Of one width, or of several
+LABELS: tuple[dict[str, Any], ...] = (
+    *({"label_dims": 8, "label_bits": bits} for bits in (2, 4, 8)), {"label_bits": (4, 2)}, {"label_bits": (8, 2, 4)},
+    {"label_bits": (4, 2), "filter_dims": 8}, {"label_bits": (4, 8), "label_dims": 11},
+)  # fmt: skip
+
+
 @st.composite
 def configs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> TLSConfig:
     size = draw(st.sampled_from((16, 32, 64)))
@@ -65,8 +73,7 @@ def configs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> TLSConfig:
         sink_tokens=sinks,
         recent_tokens=recent,
         index=draw(st.sampled_from(kinds)),
-        label_dims=8,
-        label_bits=draw(st.sampled_from((2, 4, 8))),
+        **draw(st.sampled_from(LABELS)),
         group_reduce=draw(st.sampled_from(("softmax_mean", "max", "mean"))),
         block_reduce=draw(st.sampled_from(("max", "logsumexp"))),
     )
@@ -97,6 +104,8 @@ def error(x: Tensor, truth: Tensor) -> float:
 def assert_as_exact(got: Tensor, low: Tensor, truth: Tensor) -> None:
     """The measuring stick: ``got`` may be off from the float64 truth as plain PyTorch in that dtype, and little more.
 
-    ``low`` is the eager result in got's dtype. The allowance is one rounding of the result in that dtype.
+    ``low`` is the eager result in got's dtype. The allowance is one rounding of the result in that dtype,
+    or four in float32, in which sums run in another order.
     """
-    assert error(got, truth) <= 2 * error(low, truth) + torch.finfo(got.dtype).eps
+    allowance = max(torch.finfo(got.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+    assert error(got, truth) <= 2 * error(low, truth) + allowance

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flex_tls.kernels.follow import follow, precede
 from flex_tls.kernels.keep_best import make_key
-from flex_tls.kernels.labels import dot_codes, load_asked, load_codes
+from flex_tls.kernels.labels import dot_codes, load_asked, load_codes, parts_before
 from flex_tls.kernels.rows import locate
 from flex_tls.kernels.tiles import NATIVE, n_processors, padded
 
@@ -44,7 +44,7 @@ def rank_labels(
     if LISTED:
         blocks += row * n
     weights, shifts, sizes = load_asked(
-        asked + row * GROUP * (8 // BITS) * W, base + row * GROUP * 2, unit + row * GROUP, 1, W, W, BITS, GROUP
+        asked + row * GROUP * parts_before(BITS, W), base + row * GROUP * 2, unit + row * GROUP, 1, W, W, BITS, GROUP
     )  # fmt: skip
     inside = tl.arange(0, SIZE)[None]
     for i in range(TILES):
@@ -69,8 +69,8 @@ def rank_labels(
 
 
 def launch_rank_labels(
-    codes: Tensor, seq_lens: Tensor, asked: Tensor, base: Tensor, unit: Tensor, arrivals: Tensor, *, bits: int,
-    kept: int,
+    codes: Tensor, seq_lens: Tensor, asked: Tensor, base: Tensor, unit: Tensor, arrivals: Tensor, *,
+    bits: tuple[int, ...], kept: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The best ``kept`` tokens of every KV head: slots int32 [R, kept], ascending, and counts int32 [R].
 
@@ -85,7 +85,7 @@ def launch_rank_labels(
 
 def _launch(
     codes: Tensor, seq_lens: Tensor, asked: Tensor, base: Tensor, unit: Tensor, arrivals: Tensor,
-    blocks: Tensor | None, bits: int, kept: int,
+    blocks: Tensor | None, bits: tuple[int, ...], kept: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The best ``kept`` blocks of all, or the best tokens of ``blocks`` int32 [R, n]."""
     _, hkv, w, s = codes.shape

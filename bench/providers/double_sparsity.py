@@ -69,11 +69,18 @@ def double_sparsity(case: Case, sets: list[InputSet], split_kv: int | None) -> J
 
     def select(i: InputSet, labels: Labels) -> tuple[Tensor, Tensor]:
         asked, base, unit = launch_ask(
-            i.q, i.index.seq_lens, labels.to_query, labels.low, labels.step, bits=BITS, n_words=labels.codes.shape[2],
+            i.q, i.index.seq_lens, labels.to_query, labels.low, labels.step, bits=(BITS,) * labels.codes.shape[2],
             filter_dims=labels.low.shape[2],
         )  # fmt: skip
         return launch_rank_labels(
-            labels.codes, i.index.seq_lens, asked, base, unit, arrivals, bits=BITS, kept=case.token_budget
+            labels.codes,
+            i.index.seq_lens,
+            asked,
+            base,
+            unit,
+            arrivals,
+            bits=(BITS,) * labels.codes.shape[2],
+            kept=case.token_budget,
         )
 
     def call(i: InputSet, labels: Labels) -> Tensor:

@@ -25,7 +25,8 @@ def _total(backend: Backend, **options: Any) -> Make:
             assert tokens is not None
             masks.append(tokens.mask[:, :, 0])
             calls.append(partial(tls.two_level_attention, i.q, i.k, i.v, i.index, cfg, backend=backend))
-        share = 1.0 if cfg.filter_dims is None else cfg.filter_dims / cfg.label_dims
+        n_channels = cfg.label_channels
+        share = len(cfg.label_words(cfg.filter_dims or n_channels)) / len(cfg.label_words(n_channels))
         index_bytes = share * sets[0].index.bytes_per_token * case.rows * case.S
         return Job(calls, masks, index_bytes + case.kv_bytes(cfg.token_budget or cfg.block_budget))
 

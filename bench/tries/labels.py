@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from flex_tls.labels import Keys, TokenLabels
+from flex_tls.labels import TokenLabels
 
 
 class Width(NamedTuple):
@@ -39,10 +39,12 @@ class MixedLabels(TokenLabels):
         return cast(type[MixedLabels], type("MixedLabels", (cls,), {"widths": parts}))
 
     @classmethod
-    def empty(cls, b: int, h: int, s: int, d: int, *, dims: int, bits: int | None, device: torch.device) -> TokenLabels:
-        """As in :class:`TokenLabels`, but for ``dims`` and ``bits``."""
+    def empty(
+        cls, b: int, h: int, s: int, d: int, *, dims: int, words: tuple[int, ...] | None, device: torch.device
+    ) -> TokenLabels:
+        """As in :class:`TokenLabels`, but for ``dims`` and ``words``."""
         n = sum(part.channels for part in cls.widths)
-        labels = super().empty(b, h, s, d, dims=n, bits=8, device=device)
+        labels = super().empty(b, h, s, d, dims=n, words=(8,), device=device)
         labels.codes = torch.zeros(b, h, n, s, device=device)
         return labels
 
@@ -50,14 +52,6 @@ class MixedLabels(TokenLabels):
     def levels(self) -> Tensor:
         """Float32 [C]: a channel's largest code."""
         return torch.cat([torch.full((part.channels,), 2.0**part.bits - 1) for part in self.widths])
-
-    def quantise(self, keys: Keys, center: Tensor, to_label: Tensor) -> None:
-        super().quantise(keys, center, to_label)
-        # From 8 bits everywhere to each channel's own
-        coarser = 255 / self.levels
-        self.step *= coarser
-        self.to_code /= coarser
-        self.offset /= coarser
 
     def encode(self, k: Tensor) -> Tensor:
         codes = (k.float() @ self.to_code + self.offset[:, :, None]).round()

@@ -150,4 +150,6 @@ def _label_bytes(method: Try, head_dim: int) -> int:
     assert method.cfg is not None
     if method.labels is not None:
         return bytes_of(method.labels)
-    return 2 * head_dim if method.cfg.index == "oracle" else label_bytes(method.cfg, method.cfg.label_dims, head_dim)
+    return (
+        2 * head_dim if method.cfg.index == "oracle" else label_bytes(method.cfg, method.cfg.label_channels, head_dim)
+    )

@@ -62,9 +62,9 @@ def cost(method: Method, head_dim: int, context_tokens: int) -> Cost:
         return Cost(0.0, 1.0)
     key, token = 2 * head_dim, 4 * head_dim
     exact = cfg.index == "oracle"
-    label = key if exact else label_bytes(cfg, cfg.label_dims, head_dim)
+    label = key if exact else label_bytes(cfg, cfg.label_channels, head_dim)
     per_block = {"quest": 2 * key, "box": 2 * key, "mean": key}.get(cfg.index)
-    coarse = label_bytes(cfg, cfg.filter_dims or cfg.label_dims, head_dim) if per_block is None else 0.0
+    coarse = label_bytes(cfg, cfg.filter_dims or cfg.label_channels, head_dim) if per_block is None else 0.0
     coarse = key if exact else coarse if per_block is None else per_block / cfg.block_size
     forced_alone = method.evicts or cfg.token_budget == cfg.sink_tokens + cfg.recent_tokens
     has_level_1 = cfg.block_budget < context_tokens and not forced_alone
@@ -81,7 +81,7 @@ def cost(method: Method, head_dim: int, context_tokens: int) -> Cost:
 
 def label_bytes(cfg: TLSConfig, dims: int, head_dim: int) -> int:
     """Bytes of the first ``dims`` channels of a label, in whole 32-bit words."""
-    return -(-min(dims, head_dim) * cfg.label_bits // 32) * 4
+    return len(cfg.label_words(min(dims, head_dim))) * 4
 
 
 def _ours(cfg: TLSConfig, context_tokens: int) -> TLSConfig:
@@ -134,7 +134,7 @@ def _quest_double_sparsity(cfg: TLSConfig, context_tokens: int) -> TLSConfig:
     Half the label's channels, since blocks have bytes of their own (with heads of 64 and blocks of 32 as many).
     """
     return replace(
-        cfg, index="quest", group_reduce="max", label_basis="channels", label_dims=max(cfg.label_dims // 2, 1)
+        cfg, index="quest", group_reduce="max", label_basis="channels", label_dims=max(cfg.label_channels // 2, 1)
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .follow import follow, precede
 from .int8 import round_trip
+from .labels import locate_channels, pack_codes, places_of, quantise_codes
 from .tiles import NATIVE, padded
 
 
@@ -17,7 +18,7 @@ def append(
     k_new_stride_b, k_new_stride_h, k_new_stride_t, v_new_stride_b, v_new_stride_h, v_new_stride_t,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, page_stride_k, page_stride_v, n_heads, T, S,
     N,
-    D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, PLACES: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
     LABELS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program ``row`` writes one token of one KV head."""
@@ -43,23 +44,22 @@ def append(
     tl.store(keys + key_at + d, key, d < D)
     tl.store(values + value_at + d, value, d < D)
     if LABELS:
-        PER: tl.constexpr = 32 // BITS
-        c = tl.arange(0, CHANNELS)
+        c, bits, shift, in_word = locate_channels(tl.arange(0, PLACES), BITS, W)
+        there = in_word & (c < C)
         projection = tl.load(
-            to_code + head * D * C + d[:, None] * C + c[None], (d < D)[:, None] & (c < C)[None], other=0.0
+            to_code + head * D * C + d[:, None] * C + c[None], (d < D)[:, None] & there[None], other=0.0
         )
-        code = tl.sum(key.to(tl.float32)[:, None] * projection, 0) + tl.load(offset + head * C + c, c < C, other=0.0)
-        code = tl.minimum(tl.maximum(tl.floor(code + 0.5), 0.0), 2**BITS - 1.0)
-        code = tl.where(c < C, code, 0.0).to(tl.int32) << (c % PER * BITS)
-        # Channels share no bit: their sum is their union
-        words = tl.sum(tl.reshape(code, (CHANNELS // PER, PER)), 1)
-        w = tl.arange(0, CHANNELS // PER)
+        # Far below zero where there is no channel: its code is 0
+        middle = tl.where(there, tl.load(offset + head * C + c, there, other=0.0) + 0.5, -1.0)
+        code = tl.sum(key.to(tl.float32)[:, None] * projection, 0) + middle
+        words = pack_codes(quantise_codes(code[None], bits), shift, 1, BITS)
+        w = tl.arange(0, PLACES // places_of(BITS))[None]
         tl.store(codes + (head * W + w) * S + slot, words, w < W)
 
 
 def launch_append(
     k_new: Tensor, v_new: Tensor, start: Tensor, keys: Tensor, values: Tensor, codes: Tensor | None,
-    to_code: Tensor | None, offset: Tensor | None, *, bits: int, pages: Tensor | None = None, int8: bool = False,
+    to_code: Tensor | None, offset: Tensor | None, *, bits: tuple[int, ...], pages: Tensor | None = None, int8: bool = False,
 ) -> None:  # fmt: skip
     """Write k_new and v_new [B, HKV, T, D] at slots ``start[b] + t`` of keys and values [B, HKV, S, D].
 
@@ -69,7 +69,8 @@ def launch_append(
     """
     b, hkv, t, d = k_new.shape
     labels = codes is not None and to_code is not None and offset is not None
-    # Unread pointers where there are no labels
+    # Unread pointers and widths where there are no labels
+    bits = bits or (8,)
     some = keys if codes is None else codes
     c, w, s = (to_code.shape[-1], some.shape[2], some.shape[3]) if to_code is not None else (1, 1, 1)
     n, size = (1, 1) if pages is None else (pages.shape[2], keys.shape[3])
@@ -77,7 +78,7 @@ def launch_append(
         k_new, v_new, start, keys, values, some, start if to_code is None else to_code,
         start if offset is None else offset, start if pages is None else pages, *k_new.stride()[:3],
         *v_new.stride()[:3], *keys.stride()[:2], keys.stride(-2), *values.stride()[:2], values.stride(-2),
-        keys.stride(2), values.stride(2), hkv, t, s, n, D=d, DP=padded(d), C=c, CHANNELS=padded(w) * 32 // bits, W=w,
+        keys.stride(2), values.stride(2), hkv, t, s, n, D=d, DP=padded(d), C=c, PLACES=padded(w) * places_of(bits), W=w,
         BITS=bits, LABELS=labels, BLOCK_SIZE=size, PAGED=pages is not None, INT8=int8, NATIVE=NATIVE,
         num_warps=4, launch_pdl=NATIVE,
     )  # fmt: skip

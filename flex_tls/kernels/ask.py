@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .labels import locate_bytes, locate_channels, parts_before
+
 
 @triton.jit
 def prefetch_projection(to_query, head, D: tl.constexpr, C: tl.constexpr):
@@ -22,23 +24,29 @@ def prefetch_projection(to_query, head, D: tl.constexpr, C: tl.constexpr):
 def ask(
     q, to_query, low, step, asked, base, unit, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T, filter_dims,
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    GP: tl.constexpr, CHANNELS: tl.constexpr,
+    GP: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """The query heads of one selection: asked int32 [R, G, 8 / BITS, W], base float32 [R, G, 2], unit float32 [R, G].
+    """The query heads of one selection: asked int8 [R, G, parts, 4], base float32 [R, G, 2], unit float32 [R, G].
 
     A token's label score is ``base + unit * (asked . codes)``; base 0 is for the first ``filter_dims`` channels, base 1
     for all of them.
     """
-    SUB: tl.constexpr = 8 // BITS
     # Heads at once: more would not fit the registers
-    HEADS: tl.constexpr = min(4, GP)
+    HEADS: tl.constexpr = min(GP, max(1, 128 // PLACES))
+    PARTS: tl.constexpr = parts_before(BITS, W)
     d = tl.arange(0, DP)
-    c = tl.arange(0, CHANNELS)
+    place = tl.arange(0, PLACES)
+    # A word's last channels may be empty: whatever reads it finds zeros
+    c, bits, _, in_word = locate_channels(place, BITS, W)
+    byte = locate_bytes(place, bits, BITS, W)
+    there_c = in_word & (c < C)
     projection = tl.load(
-        to_query + head * D * C + d[:, None] * C + c[None], (d < D)[:, None] & (c < C)[None], other=0.0
+        to_query + head * D * C + d[:, None] * C + c[None], (d < D)[:, None] & there_c[None], other=0.0
     )
-    lows = tl.load(low + head * C + c, c < C, other=0.0)
-    steps = tl.load(step + head * C + c, c < C, other=0.0)
+    lows = tl.load(low + head * C + c, there_c, other=0.0)
+    steps = tl.load(step + head * C + c, there_c, other=0.0)
+    # Half of the largest code
+    middle = ((1 << bits) - 1).to(tl.float32) / 2
     q += head // n_heads * q_stride_b + head % n_heads * GROUP * q_stride_h + row % T * q_stride_t
     for first in tl.static_range(0, GROUP, HEADS):
         g = first + tl.arange(0, HEADS)
@@ -51,15 +59,9 @@ def ask(
         scale = tl.maximum(tl.max(tl.abs(channel), 1) / 127, 1e-30)
         tl.store(unit + row * GROUP + g, scale, there)
         rounded = tl.floor(channel / scale[:, None] + 0.5)
-        shift += (channel - rounded * scale[:, None]) * ((2**BITS - 1) / 2)
+        shift += (channel - rounded * scale[:, None]) * middle[None]
         entry = (row * GROUP + g) * 2
         tl.store(base + entry, tl.sum(tl.where((c < filter_dims)[None], shift, 0.0), 1), there)
         tl.store(base + entry + 1, tl.sum(shift, 1), there)
-        code = rounded.to(tl.int32)
-        # Byte i of part j of word w is channel (4 w + i) SUB + j, as in the codes shifted right by j * BITS
-        code = tl.reshape(code, (HEADS, CHANNELS // (4 * SUB), 4, SUB)) & 0xFF
-        words = tl.sum(code << (8 * tl.arange(0, 4)[None, None, :, None]), 2)
-        w = tl.arange(0, CHANNELS // (4 * SUB))
-        j = tl.arange(0, SUB)
-        place = ((row * GROUP + g)[:, None, None] * SUB + j[None, None]) * W + w[None, :, None]
-        tl.store(asked + place, words, there[:, None, None] & (w < W)[None, :, None])
+        at = ((row * GROUP + g) * PARTS * 4)[:, None] + byte[None]
+        tl.store(asked + at, rounded.to(tl.int32).to(tl.int8), there[:, None] & in_word[None])

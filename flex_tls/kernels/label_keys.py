@@ -6,33 +6,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .labels import locate_channels, pack_codes, places_of, quantise_codes
 from .tiles import NATIVE, padded
 
 # Tokens of one matrix product, and products of one program: the projection is loaded, and cut in parts, once for them
 TILE = 64 if NATIVE else 16
 PRODUCTS = 8 if NATIVE else 2
 # Of one program: the projection, in parts, lies in shared memory beside the keys
-MOST_CHANNELS = 64
+MOST_PLACES = 64
 
 
 @triton.jit
 def label_keys(
     k, start, counts, codes, to_code, offset, k_stride_b, k_stride_h, k_stride_t, n_heads, T, S,
-    D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, PLACES: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
     COUNTED: tl.constexpr, TILE: tl.constexpr, PRODUCTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, head, j) labels the i-th TILE * PRODUCTS keys of one KV head in the j-th CHANNELS channels."""
-    PER: tl.constexpr = 32 // BITS
+    """Program (i, head, j) labels the i-th TILE * PRODUCTS keys of one KV head in the j-th PLACES for channels."""
+    WORDS: tl.constexpr = PLACES // places_of(BITS)
     head = tl.program_id(1).to(tl.int64)
     b, h = head // n_heads, head % n_heads
     end = tl.minimum(tl.load(counts + b), T).to(tl.int32) if COUNTED else T
     slot = tl.load(start + b).to(tl.int64)
     d = tl.arange(0, DP)
-    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    w = tl.program_id(2) * (CHANNELS // PER) + tl.arange(0, CHANNELS // PER)
-    inside = (d < D)[:, None] & (c < C)[None]
+    c, bits, shift, in_word = locate_channels(tl.program_id(2) * PLACES + tl.arange(0, PLACES), BITS, W)
+    w = tl.program_id(2) * WORDS + tl.arange(0, WORDS)
+    there = in_word & (c < C)
+    inside = (d < D)[:, None] & there[None]
     projection = tl.load(to_code + head * D * C + d[:, None] * C + c[None], inside, other=0.0)
-    middle = tl.load(offset + head * C + c, c < C, other=0.0) + 0.5
+    # Far below zero where there is no channel: its code is 0
+    middle = tl.where(there, tl.load(offset + head * C + c, there, other=0.0) + 0.5, -1.0)
     # bfloat16 keys are exact as they are: three bfloat16 parts of the projection hold its 24 digits
     HALF: tl.constexpr = k.dtype.element_ty == tl.bfloat16
     if HALF:
@@ -53,25 +56,27 @@ def label_keys(
             code = tl.dot(key, high, code)
         else:
             code = tl.dot(key.to(tl.float32), projection, input_precision="tf32x3")
-        code = tl.minimum(tl.maximum(tl.floor(code + middle[None]), 0.0), 2**BITS - 1.0)
-        bits = tl.where((c < C)[None], code, 0.0).to(tl.int32) << (c % PER * BITS)[None]
-        # Channels share no bit: their sum is their union
-        words = tl.sum(tl.reshape(bits, (TILE, CHANNELS // PER, PER)), 2)
+        words = pack_codes(quantise_codes(code + middle[None], bits), shift, TILE, BITS)
         tl.store(codes + (w * S)[None] + (slot + at)[:, None], words, (t < end)[:, None] & (w < W)[None])
 
 
 def launch_label_keys(
-    k: Tensor, start: Tensor, counts: Tensor | None, codes: Tensor, to_code: Tensor, offset: Tensor, *, bits: int
-) -> None:
-    """Label keys k [B, HKV, T, D] in slots ``start[b] + t`` of codes int32 [B, HKV, W, S], the first ``counts[b]``."""
+    k: Tensor, start: Tensor, counts: Tensor | None, codes: Tensor, to_code: Tensor, offset: Tensor, *,
+    bits: tuple[int, ...],
+) -> None:  # fmt: skip
+    """Label keys k [B, HKV, T, D] in slots ``start[b] + t`` of codes int32 [B, HKV, W, S], the first ``counts[b]``.
+
+    ``bits``: of a channel in each of the W words.
+    """
     b, hkv, t, d = k.shape
     w, s, c = codes.shape[2], codes.shape[3], to_code.shape[-1]
     # Three tiles of keys, of 16 KiB each, are under way in shared memory: three programs to a processor
     tile = min(TILE, max(16, 2**14 // (padded(d) * k.element_size())))
-    channels = min(MOST_CHANNELS, max(16, padded(w) * 32 // bits))
-    label_keys[(-(-t // (tile * PRODUCTS)), b * hkv, -(-w * 32 // (bits * channels)))](
+    per_word = places_of(bits)
+    places = min(MOST_PLACES, max(16, padded(w) * per_word))
+    label_keys[(-(-t // (tile * PRODUCTS)), b * hkv, -(-w * per_word // places))](
         k, start, start if counts is None else counts, codes, to_code, offset, *k.stride()[:3], hkv, t, s,
-        D=d, DP=padded(d, 16), C=c, CHANNELS=channels, W=w, BITS=bits,
+        D=d, DP=padded(d, 16), C=c, PLACES=places, W=w, BITS=bits,
         COUNTED=counts is not None, TILE=tile, PRODUCTS=PRODUCTS,
         STAGES=3, num_warps=4,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .keep_best import make_key, pair
-from .labels import dot_codes, load_asked, load_codes
+from .labels import dot_codes, largest_dot, load_asked, load_codes
 
 # Level 2 reads more channels than level 1 normalised by: an exponent that float32 still holds
 MOST: tl.constexpr = tl.constexpr(80.0)
@@ -41,7 +41,7 @@ def score_blocks(
 ):  # fmt: skip
     """Scores of blocks ``first`` to ``end``, PER at a time, into [G, score_stride]."""
     # Whether sums of products, and one far below all of them, are small integers
-    SMALL: tl.constexpr = READ * (32 // BITS) * (2**BITS - 1) * 254 <= 2**21
+    SMALL: tl.constexpr = largest_dot(BITS, READ) <= 2**21
     UNSEEN: tl.constexpr = -(2**21) if SMALL else -(2**30)
     weights, shifts, sizes = load_asked(asked, base, unit, 0, READ, W, BITS, GROUP)
     for start in tl.range(first, end, PER, num_stages=STAGES):

@@ -26,6 +26,7 @@ from .ask import ask, prefetch_projection
 from .attend import attend_range, finish, load_query
 from .follow import follow, precede
 from .keep_best import find_edge, load_words, write_list
+from .labels import channels_before, parts_before, places_of
 from .rows import leave, locate, meet, share
 from .score import prefetch_labels, rank_blocks, rank_tokens, score_blocks
 from .tiles import NATIVE, Tiles, padded
@@ -37,13 +38,13 @@ LAST_PHASE = 3
 @triton.jit
 def two_level(
     q, k, v, seq_lens, codes, to_query, low, step, pages,
-    asked, base, unit, scores, norms, block_words, blocks, block_counts, words, keys, ids, counts, partial, partial_lse,
+    asked, asked_bytes, base, unit, scores, norms, block_words, blocks, block_counts, words, keys, ids, counts, partial, partial_lse,
     arrivals, out, lse,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     page_stride_k, page_stride_v, arrivals_stride, score_stride, word_stride, n_heads, T, N, K, M, scale, sinks, recent,
     filter_dims,
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, READ: tl.constexpr, BITS: tl.constexpr,
-    CHANNELS: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PLACES: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PER: tl.constexpr, SCORE_STAGES: tl.constexpr, BLOCK_BN: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
     KP: tl.constexpr, PER_TOKENS: tl.constexpr, TOKEN_BN: tl.constexpr, TOKEN_CHUNKS: tl.constexpr, MP: tl.constexpr,
     TILE: tl.constexpr, ATTEND_STAGES: tl.constexpr, BY_BLOCK: tl.constexpr, PAGED: tl.constexpr,
@@ -74,10 +75,10 @@ def two_level(
     POSITIVE: tl.constexpr = REDUCE == "softmax_mean"
     if FIRST == 0:
         first, end = share(n_blocks, PROGRAMS)
-        ask(q, to_query, low, step, asked, base, unit, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
-            filter_dims, D, DP, C, W, BITS, GROUP, GP, CHANNELS)  # fmt: skip
+        ask(q, to_query, low, step, asked_bytes, base, unit, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
+            filter_dims, D, DP, C, W, BITS, GROUP, GP, PLACES)  # fmt: skip
         tl.debug_barrier()
-    asked += row * GROUP * (8 // BITS) * W
+    asked += row * GROUP * parts_before(BITS, W)
     base += row * GROUP * 2
     unit += row * GROUP
     if FIRST == 0:
@@ -162,7 +163,7 @@ class Work(NamedTuple):
 
 def launch_two_level(
     q: Tensor, k: Tensor | None, v: Tensor | None, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor,
-    step: Tensor, arrivals: Tensor, *, bits: int, block_size: int, kept_blocks: int, token_budget: int | None,
+    step: Tensor, arrivals: Tensor, *, bits: tuple[int, ...], block_size: int, kept_blocks: int, token_budget: int | None,
     sinks: int, recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str, tiles: Tiles,
     given: Work | None = None, pages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Work]:  # fmt: skip
@@ -188,7 +189,7 @@ def launch_two_level(
     new = seq_lens.new_empty
     if given is None:
         given = Work(
-            asked=new(rows, group, 8 // bits, w, dtype=i32), base=new(rows, group, 2, dtype=f32),
+            asked=new(rows, group, parts_before(bits, w), dtype=i32), base=new(rows, group, 2, dtype=f32),
             unit=new(rows, group, dtype=f32), scores=new(rows, group, block_chunk * block_chunks, dtype=f32),
             norms=new(rows, group, 2, dtype=f32), block_words=new(rows, block_chunk * block_chunks // 2, dtype=i32),
             blocks=new(rows, kept, dtype=i32), block_counts=new(rows, dtype=i32), words=seq_lens, ids=seq_lens,
@@ -207,17 +208,17 @@ def launch_two_level(
     stop = LAST_PHASE if k is not None else 1
     keys, values = (q if x is None else x for x in (k, v))
     page_stride_k, page_stride_v = (keys.stride(2), values.stride(2)) if pages is not None else (0, 0)
-    read = -(-filter_dims * bits // 32)
+    read = sum(channels_before(bits, word) < filter_dims for word in range(w))
     # Interpreted programs run one after the other: they cannot meet, so their phases are launched one by one
     phases = [(start, stop)] if NATIVE or programs == 1 else [(i, i) for i in range(start, stop + 1)]
     for first, last in phases:
         two_level[(programs, rows)](
-            q, keys, values, seq_lens, codes, to_query, low, step, arrivals if pages is None else pages, *work[:9],
-            work.words.view(torch.int16), *work[9:], partial, partial_lse, arrivals, out, lse,
+            q, keys, values, seq_lens, codes, to_query, low, step, arrivals if pages is None else pages,
+            work.asked, work.asked.view(torch.int8), *work[1:9], work.words.view(torch.int16), *work[9:], partial, partial_lse, arrivals, out, lse,
             q.stride(0), q.stride(1), q.stride(2), keys.stride(0), keys.stride(1), keys.stride(-2),
             values.stride(0), values.stride(1), values.stride(-2), page_stride_k, page_stride_v, arrivals.stride(0),
             work.scores.shape[2], work.words.shape[1], hkv, t, n, kept, chosen, scale, sinks, recent, filter_dims,
-            D=d, DP=padded(d, 16), C=channels, W=w, READ=read, BITS=bits, CHANNELS=max(16, padded(w) * 32 // bits),
+            D=d, DP=padded(d, 16), C=channels, W=w, READ=read, BITS=bits, PLACES=max(16, padded(w) * places_of(bits)),
             GROUP=group, GP=padded(group), ROWS=padded(group, 16), BLOCK_SIZE=block_size,
             PER=tiles.blocks_of(tiles.score_words, read, block_size, n), SCORE_STAGES=tiles.score_stages,
             BLOCK_BN=block_chunk, BLOCK_CHUNKS=block_chunks, KP=padded(-(-kept // programs)),

@@ -94,10 +94,10 @@ def test_double_sparsity_keeps_the_best_tokens_of_the_whole_cache(distinct: int)
     assert labels.codes.shape == (b, hkv, 2, s)
     lens = torch.full((b,), s, device=DEVICE)
     asked, base, unit = launch_ask(
-        q, lens, labels.to_query, labels.low, labels.step, bits=4, n_words=2, filter_dims=labels.low.shape[2]
+        q, lens, labels.to_query, labels.low, labels.step, bits=(4, 4), filter_dims=labels.low.shape[2]
     )
     arrivals = torch.zeros(b * hkv, dtype=torch.int32, device=DEVICE)
-    ids, counts = launch_rank_labels(labels.codes, lens, asked, base, unit, arrivals, bits=4, kept=kept)
+    ids, counts = launch_rank_labels(labels.codes, lens, asked, base, unit, arrivals, bits=(4, 4), kept=kept)
     assert counts.tolist() == [kept] * (b * hkv)
     assert not arrivals.any()
     code = (labels.codes[:, :, :, None] >> torch.arange(0, 32, 4, device=DEVICE)[:, None]) & 15

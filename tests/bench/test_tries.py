@@ -64,8 +64,8 @@ def test_equal_widths_score_as_the_packages_labels(bits: int) -> None:
     gen = torch.Generator().manual_seed(0)
     k, q = (torch.randn(1, h, 96, 16, generator=gen) for h in (2, 4))
     cpu = torch.device("cpu")
-    ours = fitted(TokenLabels.empty(1, 2, 96, 16, dims=12, bits=bits, device=cpu), k, q)
-    mixed = fitted(MixedLabels.of(widths(f"12x{bits}")).empty(1, 2, 96, 16, dims=1, bits=1, device=cpu), k, q)
+    ours = fitted(TokenLabels.empty(1, 2, 96, 16, dims=12, words=(bits,) * -(-12 * bits // 32), device=cpu), k, q)
+    mixed = fitted(MixedLabels.of(widths(f"12x{bits}")).empty(1, 2, 96, 16, dims=1, words=(1,), device=cpu), k, q)
     torch.testing.assert_close(mixed.scores(q.view(1, 2, -1, 16)), ours.scores(q.view(1, 2, -1, 16)))
 
 
@@ -74,7 +74,7 @@ def test_codes_of_a_width_take_its_bits_and_more_bits_err_less() -> None:
     k, q = (torch.randn(1, h, 400, 16, generator=gen) for h in (1, 2))
     asked, errors = q.view(1, 1, -1, 16), []
     for name in ("4x8+12x4", "4x4+12x2"):
-        labels = MixedLabels.of(widths(name)).empty(1, 1, 400, 16, dims=1, bits=1, device=torch.device("cpu"))
+        labels = MixedLabels.of(widths(name)).empty(1, 1, 400, 16, dims=1, words=(1,), device=torch.device("cpu"))
         fitted(labels, k, q)
         for codes, part in zip(labels.codes.split([4, 12], dim=2), widths(name), strict=True):
             assert codes.min() == 0

@@ -32,7 +32,7 @@ def quantum(index: KVIndex, q: torch.Tensor) -> torch.Tensor:
     """What one code more in every channel would change a score by: [B, HKV, R, 1]; 0 for exact labels."""
     b, hq, t, d = q.shape
     folded = q.reshape(b, index.n_kv_heads, hq // index.n_kv_heads * t, d)
-    if index.labels.bits is None:
+    if index.labels.words is None:
         return torch.zeros(*folded.shape[:3], 1)
     return ((folded @ index.labels.to_query).abs() * index.labels.step[:, :, None]).sum(-1, keepdim=True)
 
@@ -158,25 +158,33 @@ def test_layers_fitted_together_are_each_as_fitted_alone(case: Case, n_layers: i
 
 
 @pytest.mark.parametrize("dims", [1, 7, 8, 16])
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_codes_survive_packing(bits: int, dims: int) -> None:
+@pytest.mark.parametrize("bits", [2, 4, 8, (4, 8, 8), (2, 4), (8, 4, 2)])
+def test_codes_survive_packing(bits: int | tuple[int, ...], dims: int) -> None:
     """Oracle: dequantised labels times queries of 8 bits, channel by channel, without packing."""
-    gen = torch.Generator().manual_seed(bits)
+    gen = torch.Generator().manual_seed(dims)
     k, q = torch.randn(2, 3, 70, 16, generator=gen), torch.randn(2, 3, 5, 16, generator=gen)
-    labels = TokenLabels.empty(2, 3, 70, 16, dims=dims, bits=bits, device=k.device)
+    words = TLSConfig(label_bits=bits).label_words(dims)
+    labels = TokenLabels.empty(2, 3, 70, 16, dims=dims, words=words, device=k.device)
+    levels = torch.tensor([2.0**bits - 1 for bits in words for _ in range(32 // bits)])[:dims]
     fit_labels([labels], [lambda: [(k, torch.ones(2, 70, dtype=torch.bool))]])
     labels.codes.copy_(labels.encode(k))
     place = k @ labels.to_code + labels.offset[:, :, None]
-    code = place.round().clamp(0, 2**bits - 1)
+    code = place.round().clamp_min(0).minimum(levels)
     value = labels.low[:, :, None] + labels.step[:, :, None] * code
     asked = q @ labels.to_query
     unit = (asked * labels.step[:, :, None]).abs().amax(-1, keepdim=True) / 127
     rounded = (asked * labels.step[:, :, None] / unit + 0.5).floor()
-    middle = (2**bits - 1) / 2
+    middle = levels / 2
     lost = asked * labels.step[:, :, None] - unit * rounded
     base = (asked * labels.low[:, :, None] + lost * middle).sum(-1, keepdim=True)
     truth = base.double() + unit.double() * (rounded.double() @ code.double().transpose(-1, -2))
     torch.testing.assert_close(labels.scores(q).double(), truth, rtol=1e-4, atol=1e-4)
+    for few in range(1, dims):
+        few_base = (asked * labels.low[:, :, None] + lost * middle)[..., :few].sum(-1, keepdim=True).double()
+        few_truth = few_base + unit.double() * (
+            rounded[..., :few].double() @ code[..., :few].double().transpose(-1, -2)
+        )
+        torch.testing.assert_close(labels.scores(q, few).double(), few_truth, rtol=1e-4, atol=1e-4)
     exact = asked.double() @ value.double().transpose(-1, -2)
     bound = 0.5 * unit * (code - middle).abs().sum(-1)[:, :, None] + 1e-4
     assert ((truth - exact).abs() <= bound).all()

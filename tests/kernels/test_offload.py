@@ -204,7 +204,7 @@ def test_the_append_kernel_writes_what_the_engine_writes(dtype: torch.dtype) -> 
     pool.drop_from(torch.zeros(2, dtype=torch.int64, device=DEVICE))
     engine.open(start)
     launch_append(
-        k, v, start, pool.slots[..., 0, :], pool.slots[..., 1, :], None, None, None, bits=8, pages=pool.slot_of_block,
+        k, v, start, pool.slots[..., 0, :], pool.slots[..., 1, :], None, None, None, bits=(), pages=pool.slot_of_block,
         int8=True,
     )  # fmt: skip
     assert torch.equal(pool.slots, want)

@@ -200,7 +200,7 @@ def test_the_op_of_level_1_is_registered_as_pytorch_wants_it_in_several_chunks()
     with forced(INTERPRETED._replace(choose=32, programs=1)):
         torch.library.opcheck(
             torch.ops.flex_tls.choose_blocks.default,
-            (case.q, index.seq_lens, labels.codes, labels.to_query, labels.low, labels.step, index.arrivals, 4, 32, 8,
+            (case.q, index.seq_lens, labels.codes, labels.to_query, labels.low, labels.step, index.arrivals, labels.words, 32, 8,
              16, 40, 0.25, 16, "max", "softmax_mean"),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
