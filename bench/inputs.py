@@ -50,20 +50,20 @@ def _input_set(case: Case, device: torch.device) -> InputSet:
     mask = mask.scatter(2, slots.gather(2, chosen), True)[:, :, None].contiguous()
     last = torch.full((case.B, 1), case.S - 1, device=device)
     tokens = tls.TokenSelection.from_mask(mask, last, case.group)
-    return InputSet(q, k, v, _index(case, k), selection(case, numbers), tokens)
+    return InputSet(q, k, v, build_index(k, case.config()), selection(case, numbers), tokens)
 
 
-def _index(case: Case, k: Tensor) -> tls.KVIndex:
+def build_index(k: Tensor, cfg: tls.TLSConfig) -> tls.KVIndex:
     """Index of all of k; rows do not depend on one another, and are built a few at a time to spare memory."""
+    b, hkv, s, d = k.shape
     index = tls.KVIndex(
-        case.config(), batch_size=case.B, n_kv_heads=case.HKV, head_dim=case.D, capacity_tokens=case.S, dtype=k.dtype,
-        device=k.device,
-    )  # fmt: skip
+        cfg, batch_size=b, n_kv_heads=hkv, head_dim=d, capacity_tokens=s, dtype=k.dtype, device=k.device
+    )
     some = max(1, CHUNK_BYTES // k[0].nbytes)
-    for first in range(0, case.B, some):
-        part = tls.KVIndex.build(k[first : first + some], case.config())
+    for first in range(0, b, some):
+        part = tls.KVIndex.build(k[first : first + some], cfg)
         for name, buffer in part.labels.tensors.items():
             index.labels.tensors[name][first : first + some] = buffer
-    index.seq_lens.fill_(case.S)
-    index.max_len = case.S
+    index.seq_lens.fill_(s)
+    index.max_len = s
     return index

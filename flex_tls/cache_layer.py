@@ -206,7 +206,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         return keys[:, :, :n_tokens], values[:, :, :n_tokens]
 
     def on_device(self) -> tuple[Tensor, Tensor]:
-        """What the model's device holds of them, [B, HKV, ..., D]."""
+        """What the model's device holds of them, [B, HKV, ..., D], in their dtype."""
         return self.buffers()
 
     def cut(self, lens: list[int]) -> None:

@@ -177,19 +177,20 @@ class TLSConfig:
         object.__setattr__(self, "block_shares", tuple(map(float, shares)))
 
     def _check_labels(self) -> None:
-        widths = self.label_bits if isinstance(self.label_bits, int) else tuple(self.label_bits)
-        for bits in (widths,) if isinstance(widths, int) else widths:
+        given = self.label_bits
+        widths = (given,) if isinstance(given, int) else tuple(given)
+        for bits in widths:
             if bits not in LABEL_BITS:
                 raise ValueError(f"label_bits: expected one of {', '.join(map(str, LABEL_BITS))}, got {bits!r}")
-        if widths == ():
+        if not widths:
             raise ValueError("label_bits: expected the bits of at least one word, got ()")
         # A tuple also if it came from JSON
-        object.__setattr__(self, "label_bits", widths)
+        object.__setattr__(self, "label_bits", given if isinstance(given, int) else widths)
         if self.label_dims is not None:
             self._at_least("label_dims", 1)
         dims, words = self.label_channels, self.label_words(self.label_channels)
         ends = tuple(accumulate(32 // bits for bits in words))
-        if dims > ends[-1] or (not isinstance(widths, int) and len(words) < len(widths)):
+        if not isinstance(given, int) and (dims > ends[-1] or len(words) < len(widths)):
             begins = (0, *accumulate(32 // bits for bits in widths))
             raise ValueError(
                 f"label_dims: expected {begins[-2] + 1} to {begins[-1]}, so that they fill the words of "
@@ -197,7 +198,7 @@ class TLSConfig:
             )
         if self.filter_dims is not None and self.filter_dims not in (ends := tuple(min(end, dims) for end in ends)):
             raise ValueError(
-                f"filter_dims: expected one of {', '.join(map(str, ends))}, the leading channels in whole 32-bit words of "
+                f"filter_dims: expected one of {', '.join(map(str, ends))}, the leading channels in whole words of "
                 f"label_dims = {dims}, got {self.filter_dims}; None reads all of them"
             )
 

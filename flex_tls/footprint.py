@@ -39,7 +39,7 @@ def footprint(
         kv_on_device=(shape.n_layers - len(offloaded)) * tokens * 2 * shape.head_dim * dtype.itemsize,
         kv_on_host=len(offloaded) * away,
         indexes=n_indexed * new_index(shared, dtype, meta).nbytes,
-        pools=sum(layer.new_pool(dtype, meta).nbytes for layer in offloaded),
+        pools=0 if config is None else sum(layer.new_pool(config, dtype, meta).nbytes for layer in offloaded),
     )
 
 

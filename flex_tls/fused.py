@@ -89,15 +89,16 @@ def choose_blocks(q: Tensor, index: KVIndex, cfg: TLSConfig, scale: float, seq_l
 
 
 def attend_chosen(
-    q: Tensor, slots: Tensor, slot_of_block: Tensor, chosen: Chosen, index: KVIndex, cfg: TLSConfig, scale: float,
-    seq_lens: Tensor,
+    q: Tensor, slots: Tensor, scales: Tensor | None, slot_of_block: Tensor, chosen: Chosen, index: KVIndex,
+    cfg: TLSConfig, scale: float, seq_lens: Tensor,
 ) -> Tensor:  # fmt: skip
     """Level 2 and attention inside ``chosen.blocks``, each of which is in the pool; [B, HQ, T, D].
 
-    slots [B, HKV, P, BLOCK, 2, D], keys and values; slot_of_block int32 [B, HKV, N].
+    slots [B, HKV, P, BLOCK, 2, D], keys and values, int8 if there are scales float32 [B, HKV, P, BLOCK, 2];
+    slot_of_block int32 [B, HKV, N].
     """
     out: Tensor = attend_slots(
-        q, slots, slot_of_block, seq_lens, *_labels(index), *chosen, token_budget=cfg.token_budget,
+        q, slots, scales, slot_of_block, seq_lens, *_labels(index), *chosen, token_budget=cfg.token_budget,
         **_options(index, cfg, scale),
     )  # fmt: skip
     return out
@@ -149,8 +150,8 @@ def _launch(
 @torch.library.custom_op("flex_tls::fused_attention", mutates_args=())
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor,
-    arrivals: Tensor, bits: list[int], block_size: int, kept_blocks: int, token_budget: int | None, sinks: int, recent: int,
-    scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
+    arrivals: Tensor, bits: list[int], block_size: int, kept_blocks: int, token_budget: int | None, sinks: int,
+    recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Level 1, level 2 and attention. ``arrivals`` int32 [3, R] is all zeros before and after."""
     out, lse, work = _launch(
@@ -164,8 +165,8 @@ def fused_attention(
 @fused_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor,
-    arrivals: Tensor, bits: list[int], block_size: int, kept_blocks: int, token_budget: int | None, sinks: int, recent: int,
-    scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
+    arrivals: Tensor, bits: list[int], block_size: int, kept_blocks: int, token_budget: int | None, sinks: int,
+    recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, n_blocks = q.shape[0] * codes.shape[1] * q.shape[2], codes.shape[-1] // block_size
     kept = min(kept_blocks, n_blocks)
@@ -216,10 +217,11 @@ def _(
 
 @torch.library.custom_op("flex_tls::attend_chosen", mutates_args=())
 def attend_slots(
-    q: Tensor, slots: Tensor, slot_of_block: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor,
-    step: Tensor, arrivals: Tensor, asked: Tensor, base: Tensor, unit: Tensor, scores: Tensor, norms: Tensor,
-    blocks: Tensor, counts: Tensor, bits: list[int], block_size: int, kept_blocks: int, token_budget: int | None, sinks: int,
-    recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
+    q: Tensor, slots: Tensor, scales: Tensor | None, slot_of_block: Tensor, seq_lens: Tensor, codes: Tensor,
+    to_query: Tensor, low: Tensor, step: Tensor, arrivals: Tensor, asked: Tensor, base: Tensor, unit: Tensor,
+    scores: Tensor, norms: Tensor, blocks: Tensor, counts: Tensor, bits: list[int], block_size: int, kept_blocks: int,
+    token_budget: int | None, sinks: int, recent: int, scale: float, filter_dims: int, block_reduce: str,
+    group_reduce: str,
 ) -> Tensor:  # fmt: skip
     """Level 2 and attention over a pool; see :func:`attend_chosen`."""
     from .kernels.two_level import Work
@@ -230,7 +232,7 @@ def attend_slots(
         q, slots[..., 0, :], slots[..., 1, :], seq_lens, codes, to_query, low, step, arrivals, bits=tuple(bits),
         block_size=block_size, kept_blocks=kept_blocks, token_budget=token_budget, sinks=sinks, recent=recent,
         scale=scale, filter_dims=filter_dims, block_reduce=block_reduce, group_reduce=group_reduce, given=given,
-        pages=slot_of_block,
+        pages=slot_of_block, scales=scales,
     )[0]  # fmt: skip
     return out
 

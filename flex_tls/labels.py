@@ -137,7 +137,7 @@ class TokenLabels:
         # Channels share no bit: their sum is their union
         words = [
             (part << torch.arange(0, 32, bits, dtype=torch.int32, device=k.device)).sum(-1, dtype=torch.int32)
-            for part, bits in zip(codes.split(channels, -1), self.words, strict=True)
+            for part, bits in zip(torch.split(codes, channels, -1), self.words, strict=True)  # type: ignore[no-untyped-call,unused-ignore]
         ]
         return torch.stack(words, -2)
 
@@ -194,7 +194,7 @@ class TokenLabels:
         return base + unit * total
 
     def _unpacked(self, n_channels: int) -> Iterator[Tensor]:
-        """Codes int32 [B, HKV, C', S] of neighbouring words of one width, down to the word that ``n_channels`` end in."""
+        """Codes int32 [B, HKV, C', S] of words of one width, down to the word that ``n_channels`` end in."""
         assert self.words is not None
         first = channels = 0
         for bits, run in groupby(self.words):

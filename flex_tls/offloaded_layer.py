@@ -61,21 +61,21 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
     def place(self, store: HostStore, config: OffloadConfig, reader: RowReader) -> None:
         """Take a store, and allocate pool and index on the device of ``reader``, which layers share."""
         shared, device, dtype = self.shared, reader.device, store.dtype
-        pool = self.new_pool(dtype, device)
+        pool = self.new_pool(config, dtype, device)
         transfers = make_transfers(device, config)
         self.engine = LayerOffload(store, pool, config, shared.cfg.sparse_query_tokens, transfers)
         self._reader = reader
         self.index = new_index(shared, dtype, device)
         self.is_initialized = True
 
-    def new_pool(self, dtype: torch.dtype, device: torch.device) -> DevicePool:
+    def new_pool(self, config: OffloadConfig, dtype: torch.dtype, device: torch.device) -> DevicePool:
         """An empty pool for this layer."""
         shared = self.shared
         size = shared.cfg.block_size
         return DevicePool(
             batch_size=shared.progress.batch_size, n_kv_heads=shared.shape.n_kv_heads, n_slots=self.n_slots,
             n_blocks=shared.capacity_tokens // size, block_size=size, head_dim=shared.shape.head_dim, dtype=dtype,
-            device=device,
+            device=device, store_dtype=config.store_dtype,
         )  # fmt: skip
 
     def release(self) -> None:
@@ -113,9 +113,13 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
         store.write(store.packed(torch.stack((k, v), 3)), [0] * b, [n] * b)
 
     def on_device(self) -> tuple[Tensor, Tensor]:
-        """The pool's, [B, HKV, P * BLOCK, D]."""
+        """The pool's, [B, HKV, P * BLOCK, D]; of int8 shape, dtype and device alone, which every forward asks for."""
         pool = self.opened().pool
-        return pool.keys, pool.values
+        if pool.scales is None:
+            return pool.keys, pool.values
+        b, h, n, _, d = pool.tokens[0].shape
+        like = torch.empty((), dtype=pool.dtype, device=pool.slots.device).expand(b, h, n, d)
+        return like, like
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
         """As :meth:`TLSLayer.attend`."""
@@ -232,7 +236,7 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
             ids, None, step.start, step.seq_lens, step.seq_lens[:, None] - 1, n_written=step.n_new, wait=True
         )  # fmt: skip
         pages = self._pages()
-        keys, values = (pages.gathered(x)[:, :, : step.longest] for x in self.on_device())
+        keys, values = (pages.gathered(x)[:, :, : step.longest] for x in (pool.keys, pool.values))
         return keys, values
 
     def _attend_two_levels(
@@ -250,8 +254,9 @@ class OffloadedLayer(TLSLayer):  # type: ignore[no-untyped-call,unused-ignore]
             kept = replace(scored.chosen, indices=ids, counts=counts)
             backend = paged_backend(self.shared.backend, q.device)
             result = attend_pages(
-                part, *self.on_device(), self._pages(), scored, kept, view, cfg, backend, mask_mod, scale
-            )
+                part, engine.pool.keys, engine.pool.values, self._pages(), scored, kept, view, cfg, backend, mask_mod,
+                scale,
+            )  # fmt: skip
             parts.append(result._replace(blocks=scored.chosen))
             n_written = 0
         return parts[0] if len(parts) == 1 else _joined(parts)
@@ -324,7 +329,7 @@ def size_pools(layers: list[OffloadedLayer], config: OffloadConfig, dtype: torch
     sizes = config.pool_blocks(
         n_layers=len(layers), n_heads=shared.progress.batch_size * shape.n_kv_heads, n_blocks=n_blocks,
         kept_blocks=min(cfg.kept_blocks, n_blocks), least=_least_slots(shared),
-        block_bytes=2 * cfg.block_size * shape.head_dim * dtype.itemsize,
+        block_bytes=cfg.block_size * config.token_bytes(shape.head_dim, dtype.itemsize),
     )  # fmt: skip
     for layer, size in zip(layers, sizes, strict=True):
         layer.n_slots = size

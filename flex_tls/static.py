@@ -47,7 +47,7 @@ def decode_offloaded(
     assert labels.words is not None
     append_to_pool(
         k_new, v_new, start, pool.slots, pool.slot_of_block, labels.codes, labels.to_code, labels.offset, labels.words,
-        int8=engine.store.scales is not None,
+        pool.scales,
     )  # fmt: skip
     seq_lens = start + 1
     chosen = choose_blocks(q, index, cfg, scale, seq_lens)
@@ -56,17 +56,17 @@ def decode_offloaded(
         chosen.blocks.view(*heads, -1), chosen.scores.view(*heads, *chosen.scores.shape[1:]), start, seq_lens
     )
     inside = chosen._replace(blocks=attended.flatten(0, 1), counts=counts.flatten())
-    return attend_chosen(q, pool.slots, pool.slot_of_block, inside, index, cfg, scale, seq_lens)
+    return attend_chosen(q, pool.slots, pool.scales, pool.slot_of_block, inside, index, cfg, scale, seq_lens)
 
 
-@torch.library.custom_op("flex_tls::append_to_pool", mutates_args=("slots", "codes"))
+@torch.library.custom_op("flex_tls::append_to_pool", mutates_args=("slots", "codes", "scales"))
 def append_to_pool(
     k_new: Tensor, v_new: Tensor, start: Tensor, slots: Tensor, slot_of_block: Tensor, codes: Tensor, to_code: Tensor,
-    offset: Tensor, bits: list[int], int8: bool,
+    offset: Tensor, bits: list[int], scales: Tensor | None,
 ) -> None:  # fmt: skip
     """As :func:`append_tokens`, into slots [B, HKV, P, BLOCK, 2, D] of a pool, by its table.
 
-    With ``int8`` what is written is what a store in 8 bits would give back.
+    With ``scales`` float32 [B, HKV, P, BLOCK, 2] slots are int8.
     """
     from .kernels.append import launch_append
 
@@ -74,7 +74,7 @@ def append_to_pool(
     with torch.cuda.device_of(slots):  # type: ignore[no-untyped-call,unused-ignore]
         launch_append(
             k_new, v_new, start, slots[..., 0, :], slots[..., 1, :], codes, to_code, offset, bits=tuple(bits),
-            pages=slot_of_block, int8=int8,
+            pages=slot_of_block, scales=scales,
         )  # fmt: skip
 
 

@@ -30,11 +30,13 @@ class OffloadConfig:
         transfer: on CUDA, ``"kernel"``: one Triton kernel reads the pinned host memory, the step can be captured;
             ``"copy"``: a copy a block, for which each step waits for the device. On a CPU there are only copies.
         transfer_programs: programs of that kernel, which share the device with the model's own.
-        store_dtype: ``"model"``: the host holds keys and values in the model's dtype. ``"int8"``: in 8 bits, with a
-            float32 scale for each token's key and one for its value; 2 * D + 8 bytes a token and KV head, half of a
-            16-bit dtype's, on the host and on the way. Costs an error of up to 1/254 of a key's or value's largest
-            magnitude. They are rounded so when they are written, before anything reads them, a prompt's own attention
-            included: results depend neither on which blocks are on the device nor on a prompt's chunks.
+        store_dtype: ``"model"``: host and pool hold keys and values in the model's dtype. ``"int8"``: in 8 bits, with
+            a float32 scale for each token's key and one for its value; 2 * D + 8 bytes a token and KV head, about half
+            of a 16-bit dtype's, on the host, on the way and in the pool. Costs an error of up to 1/254 of a key's or
+            value's largest magnitude. They are rounded so when they are written, before anything reads them, a prompt's
+            own attention included: results depend neither on which blocks are on the device nor on a prompt's chunks.
+            The compiled step reads 8 bits as they are; an eager one first makes a copy of its layer's pool in the
+            model's dtype.
     """
 
     gpu_blocks: int | tuple[int, ...] | None = None
@@ -87,7 +89,10 @@ class OffloadConfig:
         return {"exact": -1.0, "async": math.inf, "corrected": self.missing_mass_bound}[self.policy]
 
     def token_bytes(self, head_dim: int, itemsize: int) -> int:
-        """Host bytes of one token's key and value of one KV head; ``itemsize``: bytes of a number of the model's."""
+        """Bytes of one token's key and value of one KV head, on the host and in the pool alike.
+
+        ``itemsize``: bytes of a number of the model's.
+        """
         return 2 * (head_dim + 4) if self.store_dtype == "int8" else 2 * head_dim * itemsize
 
     def pool_blocks(

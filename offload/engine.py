@@ -124,11 +124,15 @@ class LayerOffload:
         t = k.shape[2]
         if not self.is_open or t > self.n_ahead:
             raise RuntimeError(f"append: expected an open engine and at most {self.n_ahead} tokens, got {t}")
-        place = self.pool.places(start[:, None] + torch.arange(t, device=k.device))[..., None].expand_as(k)
-        k, v = (self.store.unpacked(self.store.packed(x)) for x in (k, v))
-        self.pool.keys.scatter_(2, place, k)
-        self.pool.values.scatter_(2, place, v)
-        return k, v
+        place = self.pool.places(start[:, None] + torch.arange(t, device=k.device))
+        held = []
+        for i, x in enumerate((k, v)):
+            new = self.pool.packed(x)
+            for tokens, part in zip(self.pool.tokens, new, strict=True):
+                at = place if part.dim() == 3 else place[..., None].expand_as(part)
+                tokens[:, :, :, i].scatter_(2, at, part)
+            held.append(self.pool.unpacked(new))
+        return held[0], held[1]
 
     def step(
         self, ids: Tensor, scores: Tensor | None, start: Tensor, seq_lens: Tensor, positions: Tensor, *,

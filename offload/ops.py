@@ -43,7 +43,7 @@ def plan(
 def transfer(store: HostStore, pool: DevicePool, *, n_written: int, n_programs: int, may_wait: bool) -> None:
     """Start what the last plan listed; see :class:`.transfers.Transfers`."""
     lists = (getattr(pool, name) for name in _LISTS)
-    transfer_blocks(store.rows, store.scales, pool.slots, *lists, n_written, n_programs, may_wait)
+    transfer_blocks(store.rows, store.scales, pool.slots, pool.scales, *lists, n_written, n_programs, may_wait)
 
 
 def join(pool: DevicePool) -> None:
@@ -81,42 +81,43 @@ def _(
     return ids.new_empty(b, hkv, block_of_slot.shape[2] if resident_too else w), ids.new_empty(b, hkv)
 
 
-@torch.library.custom_op("flex_tls::transfer_blocks", mutates_args=("rows", "scales", "slots"))
+@torch.library.custom_op("flex_tls::transfer_blocks", mutates_args=("rows", "scales", "slots", "slot_scales"))
 def transfer_blocks(
-    rows: Tensor, scales: Tensor | None, slots: Tensor, slot_of_block: Tensor, begins: Tensor, lens: Tensor,
-    fetch_block: Tensor, fetch_slot: Tensor, fetch_count: Tensor, waits: Tensor, n_written: int, n_programs: int,
-    may_wait: bool,
+    rows: Tensor, scales: Tensor | None, slots: Tensor, slot_scales: Tensor | None, slot_of_block: Tensor,
+    begins: Tensor, lens: Tensor, fetch_block: Tensor, fetch_slot: Tensor, fetch_count: Tensor, waits: Tensor,
+    n_written: int, n_programs: int, may_wait: bool,
 ) -> None:  # fmt: skip
     """:func:`flex_tls.kernels.fetch_blocks.launch_fetch_blocks`, at once where rows wait, else on the side stream."""
     from ..kernels.fetch_blocks import launch_fetch_blocks
 
+    parts = (rows, scales, slots, slot_scales)
     lists = (slot_of_block, begins, lens, fetch_block, fetch_slot, fetch_count, waits)
     if not slots.is_cuda:
         for waiting in (True, False):
             launch_fetch_blocks(
-                rows, scales, slots, *lists, n_written=0 if waiting else n_written, n_programs=n_programs,
-                waiting=waiting,
-            )  # fmt: skip
+                *parts, *lists, n_written=0 if waiting else n_written, n_programs=n_programs, waiting=waiting
+            )
         return
     side = side_stream(slots.device)
     with torch.cuda.device_of(slots):  # type: ignore[no-untyped-call,unused-ignore]
         # Forked before the waiting rows' fetch: the others' begins beside it
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            launch_fetch_blocks(rows, scales, slots, *lists, n_written=n_written, n_programs=n_programs, waiting=False)
+            launch_fetch_blocks(*parts, *lists, n_written=n_written, n_programs=n_programs, waiting=False)
         if may_wait:
-            launch_fetch_blocks(rows, scales, slots, *lists, n_written=0, n_programs=n_programs, waiting=True)
+            launch_fetch_blocks(*parts, *lists, n_written=0, n_programs=n_programs, waiting=True)
 
 
 @transfer_blocks.register_fake
 def _(
-    rows: Tensor, scales: Tensor | None, slots: Tensor, slot_of_block: Tensor, begins: Tensor, lens: Tensor,
-    fetch_block: Tensor, fetch_slot: Tensor, fetch_count: Tensor, waits: Tensor, n_written: int, n_programs: int,
-    may_wait: bool,
+    rows: Tensor, scales: Tensor | None, slots: Tensor, slot_scales: Tensor | None, slot_of_block: Tensor,
+    begins: Tensor, lens: Tensor, fetch_block: Tensor, fetch_slot: Tensor, fetch_count: Tensor, waits: Tensor,
+    n_written: int, n_programs: int, may_wait: bool,
 ) -> None:  # fmt: skip
     return None
 
 
+# Whoever reads scales reads slots too, so that these alone keep a traced step in order
 @torch.library.custom_op("flex_tls::join_transfers", mutates_args=("slots",))
 def join_transfers(slots: Tensor) -> None:
     """The current stream waits for the side stream of the device; nothing on a CPU."""

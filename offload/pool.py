@@ -7,15 +7,20 @@ import copy
 import torch
 from torch import Tensor
 
+from .blocks import Blocks, empty_blocks
+from .config import StoreDtype
+
 # What a step counts, per row and KV head; see :class:`DevicePool`
 COUNTERS = ("steps", "selected", "missing", "fetched", "waits", "written")
 
 
-class DevicePool:
+class DevicePool(Blocks):
     """Slots for blocks, per row and KV head, because selections are. All buffers keep their addresses.
 
     Attributes:
-        slots: [B, HKV, P, BLOCK, 2, D], laid out as the host store's rows.
+        slots: [B, HKV, P, BLOCK, 2, D], of the model's dtype or int8, laid out as :class:`.blocks.Blocks`.
+        scales: None, or, beside int8, float32 [B, HKV, P, BLOCK, 2].
+        dtype: of keys and values where they are attended to.
         slot_of_block: int32 [B, HKV, N], the slot that holds a block; -1 for none.
         block_of_slot: int32 [B, HKV, P], the block that a slot holds; -1 for none.
         last_used: int32 [B, HKV, P], the step that last needed the slot's block.
@@ -32,10 +37,13 @@ class DevicePool:
 
     def __init__(
         self, *, batch_size: int, n_kv_heads: int, n_slots: int, n_blocks: int, block_size: int, head_dim: int,
-        dtype: torch.dtype, device: torch.device,
+        dtype: torch.dtype, device: torch.device, store_dtype: StoreDtype = "model",
     ) -> None:  # fmt: skip
         b, h, p = batch_size, n_kv_heads, n_slots
-        self.slots = torch.zeros(b, h, p, block_size, 2, head_dim, dtype=dtype, device=device)
+        self.slots, self.scales = empty_blocks(
+            b, h, p, block_size, 2, head_dim, dtype=dtype, store_dtype=store_dtype, device=device
+        )
+        self.dtype = dtype
 
         def ints(*shape: int, fill: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.full(shape, fill, dtype=dtype, device=device)
@@ -65,22 +73,22 @@ class DevicePool:
         return self.slots.shape[3]
 
     @property
-    def keys(self) -> Tensor:
-        """[B, HKV, P * BLOCK, D], a view."""
-        return self.slots.flatten(2, 3)[:, :, :, 0]
+    def parts(self) -> tuple[Tensor, ...]:
+        """Slots and, in 8 bits, scales."""
+        return (self.slots,) if self.scales is None else (self.slots, self.scales)
 
     @property
-    def values(self) -> Tensor:
-        """[B, HKV, P * BLOCK, D], a view."""
-        return self.slots.flatten(2, 3)[:, :, :, 1]
+    def buffers(self) -> dict[str, Tensor]:
+        """Slots, scales and tables, by name."""
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of slots and tables."""
-        return sum(x.numel() * x.element_size() for x in vars(self).values())
+        """Bytes of slots, scales and tables."""
+        return sum(x.nbytes for x in self.buffers.values())
 
     def places(self, positions: Tensor) -> Tensor:
-        """Where in :attr:`keys` tokens sit whose blocks are here: positions int64 [B, T] -> int64 [B, HKV, T]."""
+        """Where in :attr:`tokens` tokens sit whose blocks are here: positions int64 [B, T] -> int64 [B, HKV, T]."""
         block = (positions // self.block_size)[:, None].expand(-1, self.slots.shape[1], -1)
         return self.slot_of_block.gather(2, block).long() * self.block_size + (positions % self.block_size)[:, None]
 
@@ -93,13 +101,13 @@ class DevicePool:
 
     def take_rows(self, rows: Tensor) -> None:
         """Row i becomes the former row ``rows[i]``; in place."""
-        for buffer in vars(self).values():
+        for buffer in self.buffers.values():
             buffer.copy_(buffer.index_select(0, rows))
 
     def resized(self, rows: Tensor) -> DevicePool:
         """A pool of other rows, of which row i is a copy of ``rows[i]``."""
         new = copy.copy(self)
-        for name, buffer in vars(self).items():
+        for name, buffer in self.buffers.items():
             setattr(new, name, buffer.index_select(0, rows))
         return new
 

@@ -8,22 +8,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .blocks import Blocks, empty_blocks
 from .config import StoreDtype
-from .int8 import dequantised, quantised
 
 
-class HostStore:
-    """Keys and values of one layer in host memory, allocated once, zeros at first.
-
-    A token's key and value lie side by side, and so do a block's tokens: a block of one KV head is one row of memory,
-    and keys and values of a row and head are each one strided view over all of its tokens. In 8 bits the scales are a
-    second such row: inside the first they would part the tokens, which a prompt's chunk writes in one copy a head.
+class HostStore(Blocks):
+    """Keys and values of one layer in host memory, allocated once, zeros at first; laid out as :class:`.blocks.Blocks`.
 
     Attributes:
-        rows: [B, HKV, N, BLOCK, 2, D]; keys at 0 and values at 1 of the last dimension but one. Of the model's dtype,
-            or int8.
+        rows: [B, HKV, N, BLOCK, 2, D], of the model's dtype or int8.
         scales: None, or, beside int8, float32 [B, HKV, N, BLOCK, 2].
-        dtype: of keys and values on the device.
+        dtype: of keys and values where they are attended to.
         pinned: the device can read it by itself; valid until the store is closed or collected.
     """
 
@@ -31,10 +26,9 @@ class HostStore:
         self, *, batch_size: int, n_kv_heads: int, n_blocks: int, block_size: int, head_dim: int, dtype: torch.dtype,
         pinned: bool, store_dtype: StoreDtype = "model",
     ) -> None:  # fmt: skip
-        shape = (batch_size, n_kv_heads, n_blocks, block_size, 2)
-        int8 = store_dtype == "int8"
-        self.rows = torch.zeros(*shape, head_dim, dtype=torch.int8 if int8 else dtype)
-        self.scales = torch.zeros(shape) if int8 else None
+        self.rows, self.scales = empty_blocks(
+            batch_size, n_kv_heads, n_blocks, block_size, 2, head_dim, dtype=dtype, store_dtype=store_dtype
+        )
         self.dtype, self.store_dtype, self.pinned = dtype, store_dtype, pinned
         self._unpin = [weakref.finalize(self, _unpin, _pin(x)) for x in self.parts] if pinned else []
 
@@ -44,40 +38,9 @@ class HostStore:
         return (self.rows,) if self.scales is None else (self.rows, self.scales)
 
     @property
-    def tokens(self) -> tuple[Tensor, ...]:
-        """The parts as tokens: [B, HKV, S, 2, D] and, in 8 bits, [B, HKV, S, 2]."""
-        return tuple(x.flatten(2, 3) for x in self.parts)
-
-    @property
-    def keys(self) -> Tensor:
-        """[B, HKV, S, D], a view; in 8 bits what they stand for."""
-        return self.unpacked(tuple(x[:, :, :, 0] for x in self.tokens))
-
-    @property
-    def values(self) -> Tensor:
-        """[B, HKV, S, D], a view; in 8 bits what they stand for."""
-        return self.unpacked(tuple(x[:, :, :, 1] for x in self.tokens))
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block's keys and values."""
-        return sum(x[0, 0, 0].nbytes for x in self.parts)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(x.nbytes for x in self.parts)
-
-    def packed(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Vectors x [..., D] as the parts hold them, on the device where they are."""
-        return (x,) if self.scales is None else quantised(x)
-
-    def unpacked(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """Vectors [..., D] from what the parts hold."""
-        if self.scales is None:
-            return parts[0]
-        codes, scales = parts
-        return dequantised(codes, scales, self.dtype)
 
     def take_rows(self, rows: Tensor, n_blocks: int) -> None:
         """Row i becomes the former row ``rows[i]``, in its first ``n_blocks`` blocks; one head is copied at a time."""
@@ -103,14 +66,12 @@ class HostStore:
     def read(self, row: int, start: int, end: int, out: Tensor) -> Tensor:
         """One row's tokens [HKV, end - start, 2, D] in ``out``, which is at least as long, on the current stream."""
         for head in range(out.shape[0]):
-            self.copy(tuple(x[row, head, start:end] for x in self.tokens), out[head, : end - start])
+            parts = tuple(x[row, head, start:end] for x in self.tokens)
+            if self.scales is not None:
+                # Unpacked where they go
+                parts = tuple(x.to(out.device, non_blocking=True) for x in parts)
+            out[head, : end - start].copy_(self.unpacked(parts), non_blocking=True)
         return out[:, : end - start]
-
-    def copy(self, parts: tuple[Tensor, ...], out: Tensor) -> None:
-        """Bring contiguous pieces of the parts to ``out``, unpacked where it is, on the current stream."""
-        if self.scales is not None:
-            parts = tuple(x.to(out.device, non_blocking=True) for x in parts)
-        out.copy_(self.unpacked(parts), non_blocking=True)
 
     def read_keys(self, n_tokens: int, piece_tokens: int, device: torch.device) -> Iterator[Tensor]:
         """The first ``n_tokens`` keys of every row, piece by piece: [B, HKV, S', D] on ``device``."""

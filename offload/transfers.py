@@ -99,7 +99,8 @@ def fetch(store: HostStore, pool: DevicePool, rows: Tensor) -> None:
     entry = torch.arange(pool.n_slots) < pool.fetch_count[..., None]
     row, head, i = (entry & rows[..., None]).nonzero(as_tuple=True)
     block, slot = (x[row, head, i].long() for x in (pool.fetch_block, pool.fetch_slot))
-    pool.slots[row, head, slot] = store.unpacked(tuple(x[row, head, block] for x in store.parts))
+    for device, host in zip(pool.parts, store.parts, strict=True):
+        device[row, head, slot] = host[row, head, block]
 
 
 def write_through(store: HostStore, pool: DevicePool, n_written: int) -> None:
@@ -108,9 +109,8 @@ def write_through(store: HostStore, pool: DevicePool, n_written: int) -> None:
         position = torch.arange(begin, end)
         place = pool.places(position.expand(pool.slots.shape[0], -1))[row]
         head = torch.arange(place.shape[0])[:, None]
-        new = store.packed(pool.slots[row].flatten(1, 2)[head, place])
-        for part, tokens in zip(store.tokens, new, strict=True):
-            part[row, head, position] = tokens
+        for host, device in zip(store.tokens, pool.tokens, strict=True):
+            host[row, head, position] = device[row, head, place]
 
 
 def _written(pool: DevicePool, n_written: int) -> Iterator[tuple[int, int, int]]:
@@ -124,7 +124,8 @@ def _copy_blocks(store: HostStore, pool: DevicePool, rows: Tensor) -> None:
     row, head, i = (entry & rows[..., None]).nonzero(as_tuple=True)
     listed = torch.stack((row, head, pool.fetch_block[row, head, i].long(), pool.fetch_slot[row, head, i].long()), 1)
     for b, h, block, slot in listed.tolist():
-        store.copy(tuple(x[b, h, block] for x in store.parts), pool.slots[b, h, slot])
+        for device, host in zip(pool.parts, store.parts, strict=True):
+            device[b, h, slot].copy_(host[b, h, block], non_blocking=True)
 
 
 def _copy_tokens(store: HostStore, pool: DevicePool, n_written: int) -> None:
@@ -132,6 +133,5 @@ def _copy_tokens(store: HostStore, pool: DevicePool, n_written: int) -> None:
         position = torch.arange(begin, end, device=pool.slots.device).expand(pool.slots.shape[0], -1)
         for h, places in enumerate(pool.places(position)[b].tolist()):
             for at, place in zip(range(begin, end), places, strict=True):
-                new = store.packed(pool.slots[b, h].flatten(0, 1)[place])
-                for part, token in zip(store.tokens, new, strict=True):
-                    part[b, h, at].copy_(token, non_blocking=True)
+                for host, device in zip(store.tokens, pool.tokens, strict=True):
+                    host[b, h, at].copy_(device[b, h, place], non_blocking=True)

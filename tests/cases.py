@@ -80,7 +80,10 @@ def configs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> TLSConfig:
 
 
 @st.composite
-def cases(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, max_t: int = 4, max_hkv: int = 3) -> Case:
+def cases(
+    draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, max_t: int = 4, max_hkv: int = 3,
+    head_dims: tuple[int, ...] = (8, 16, 24),
+) -> Case:  # fmt: skip
     t = draw(st.integers(1, max_t))
     lens = draw(st.lists(st.sampled_from((1, 63, 64, 65)) | st.integers(1, 200), min_size=1, max_size=3))
     lens = [max(n, t) for n in lens]
@@ -91,7 +94,7 @@ def cases(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, max_t: int = 4, max_h
         hkv=draw(st.integers(1, max_hkv)),
         group=draw(st.sampled_from((1, 2, 3, 4, 5, 7, 8))),
         t=t,
-        d=draw(st.sampled_from((8, 16, 24))),
+        d=draw(st.sampled_from(head_dims)),
         seed=draw(st.integers(0, 2**16)),
     )
 

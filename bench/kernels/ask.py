@@ -39,7 +39,8 @@ def launch_ask(
     base = torch.empty(rows, group, 2, device=q.device)
     unit = torch.empty(rows, group, device=q.device)
     ask_rows[(1, rows)](
-        q, seq_lens, to_query, low, step, asked.view(torch.int8), base, unit, q.stride(0), q.stride(1), q.stride(2), hkv, t, filter_dims,
+        q, seq_lens, to_query, low, step, asked.view(torch.int8), base, unit, *q.stride()[:3],
+        hkv, t, filter_dims,
         D=d, DP=padded(d, 16), C=c, W=len(bits), BITS=bits, GROUP=group, GP=padded(group),
         PLACES=max(16, padded(len(bits)) * places_of(bits)), NATIVE=NATIVE, num_warps=4,
     )  # fmt: skip

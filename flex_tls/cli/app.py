@@ -36,7 +36,7 @@ app.add_typer(eval_app, name="eval")
 NewTokens = Annotated[int, typer.Option(min=2, help="Tokens to decode.")]
 BlockBudget = Annotated[str, typer.Option(help="Level 1: tokens kept as blocks; a count, or a share as 1/4.")]
 TokenBudget = Annotated[str, typer.Option(help="Level 2: tokens kept inside them; a count, a share, or 'all'.")]
-StoreDtypeName = Annotated[str, typer.Option("--store-dtype", help="With --offload: the host holds model or int8.")]
+StoreDtypeName = Annotated[str, typer.Option("--store-dtype", help="With --offload: host and pool hold model or int8.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw kept mass and block map into this PNG or SVG.")]
 

@@ -131,16 +131,17 @@ def _step_ms(
     """Bytes over rates: weights, labels, and what is attended to; fetches beside that, or, ``exact``, before it."""
     cfg, shape = cache.cfg, cache.shape
     n_sparse = sum(not cfg.is_dense(i) for i in range(shape.n_layers))
-    token_bytes = 2 * shape.n_kv_heads * shape.head_dim * cache.dtype.itemsize * cache.batch_size
+    away, heads = cache.offload_config, shape.n_kv_heads * cache.batch_size
+    token_bytes = 2 * heads * shape.head_dim * cache.dtype.itemsize
+    away_bytes = token_bytes if away is None else heads * away.token_bytes(shape.head_dim, cache.dtype.itemsize)
+    n_away = len(cache.offloaded_layers)
     kept = min(context, cfg.block_budget if cfg.token_budget is None else cfg.token_budget)
-    attended = (n_sparse * kept + (shape.n_layers - n_sparse) * context) * token_bytes
+    attended = ((n_sparse - n_away) * kept + (shape.n_layers - n_sparse) * context) * token_bytes
+    attended += n_away * kept * away_bytes
     read_s = (weight_bytes + cache.index_nbytes + attended) / read_rate
-    if cache.offload_config is None:
+    if away is None:
         return read_s * 1e3
-    away = cache.offload_config
-    host_token_bytes = away.token_bytes(shape.head_dim, cache.dtype.itemsize) * shape.n_kv_heads * cache.batch_size
-    fetched = missing * min(context, cfg.block_budget) * host_token_bytes * len(cache.offloaded_layers)
-    fetch_s = fetched / link_rate
+    fetch_s = missing * min(context, cfg.block_budget) * away_bytes * n_away / link_rate
     return (read_s + fetch_s if away.policy == "exact" else max(read_s, fetch_s)) * 1e3
 
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .follow import follow, precede
+from .int8 import dequantised
 from .rows import locate
 from .tiles import NATIVE, Tiles, padded
 
@@ -27,14 +28,15 @@ def load_query(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t,
 
 @triton.jit
 def attend_range(
-    query, k, v, ids, pages, first, end, position, scale, k_stride_s, v_stride_s, page_stride_k, page_stride_v,
+    query, k, v, scales, ids, pages, first, end, position, scale, k_stride_s, v_stride_s, page_stride_k, page_stride_v,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr,
-    PAGED: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PAGED: tl.constexpr, INT8: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(acc [ROWS, DP], top [ROWS], total [ROWS]) of entries ``first`` to ``end``, none past the query's position.
 
     An entry is a token of ``ids`` (MODE "tokens"), a token of the blocks in ``ids`` ("blocks"), or a slot ("all").
-    PAGED: block n lies at page ``pages[n]`` of k and v, ``page_stride`` apart.
+    PAGED: block n lies at page ``pages[n]`` of k and v, ``page_stride`` apart. With INT8 these are codes, exact in
+    the query's dtype, and a token's two ``scales`` are multiplied to its score and to its weight.
     """
     d = tl.arange(0, DP)
     lane = tl.arange(0, TILE)
@@ -57,15 +59,29 @@ def attend_range(
         else:
             slot = slot.to(tl.int64)
             key_at, value_at = slot * k_stride_s, slot * v_stride_s
-        keys = tl.load(k + key_at[:, None] + d[None], seen[:, None] & (d < D)[None], other=0.0)
-        values = tl.load(v + value_at[:, None] + d[None], seen[:, None] & (d < D)[None], other=0.0)
+        keys = tl.load(k + key_at[:, None] + d[None], seen[:, None] & (d < D)[None], other=0)
+        values = tl.load(v + value_at[:, None] + d[None], seen[:, None] & (d < D)[None], other=0)
+        if INT8:
+            scale_at = (page * BLOCK_SIZE + inside) * 2
+            key_scale = tl.load(scales + scale_at, seen, other=0.0)
+            value_scale = tl.load(scales + scale_at + 1, seen, other=0.0)
+            keys = keys.to(query.dtype)
+            if query.dtype == tl.float16:
+                # Its least numbers are too large for a weight of a small value's scale
+                values = dequantised(values, value_scale[:, None], tl.float16)
+            else:
+                values = values.to(query.dtype)
         score = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
+        if INT8:
+            score *= key_scale[None]
         score = tl.where(seen[None], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(score - shift[:, None])
         fade = tl.exp2(top - shift)
         total = total * fade + tl.sum(weight, 1)
+        if INT8 and query.dtype != tl.float16:
+            weight *= value_scale[None]
         acc = tl.dot(weight.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
         top = higher
     return acc, top, total
@@ -163,8 +179,8 @@ def attend(
     v += head // n_heads * v_stride_b + head % n_heads * v_stride_h
     first = tl.program_id(0) * per_program
     acc, top, total = attend_range(
-        query, k, v, ids + row * K, ids, first, tl.minimum(n, first + per_program), position, scale, k_stride_s,
-        v_stride_s, 0, 0, D, DP, ROWS, BLOCK_SIZE, MODE, False, TILE, STAGES, PRECISION,
+        query, k, v, ids, ids + row * K, ids, first, tl.minimum(n, first + per_program), position, scale, k_stride_s,
+        v_stride_s, 0, 0, D, DP, ROWS, BLOCK_SIZE, MODE, False, False, TILE, STAGES, PRECISION,
     )  # fmt: skip
     finish(acc, top, total, partial, partial_lse, arrivals + row, out, lse, row, head, T,
            D, DP, GROUP, GP, ROWS, PROGRAMS, PP)  # fmt: skip

@@ -82,7 +82,7 @@ def pack_codes(code, shift, ROWS: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def quantise_codes(x, bits):
-    """Label channels float32 [ROWS, P], one half added, as whole numbers from 0 to the largest of ``bits`` int32 [P]."""
+    """Label channels float32 [ROWS, P], one half added, as whole numbers that ``bits`` int32 [P] hold."""
     most = ((1 << bits) - 1).to(tl.float32)
     return tl.minimum(tl.maximum(tl.floor(x), 0.0), most[None])
 
@@ -111,7 +111,7 @@ def load_codes(codes, slot, mask, stride, READ: tl.constexpr):
 
 @triton.jit
 def load_asked(asked, base, unit, which, READ: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """What queries ask, as scalars, outside of any loop: (parts of READ words (g, part), base ``which`` (g), unit (g))."""
+    """What queries ask, as scalars, outside of any loop: (parts of READ words, base ``which``, unit)."""
     parts, bases, units = (), (), ()
     for g in tl.static_range(GROUP):
         for part in tl.static_range(parts_before(BITS, READ)):

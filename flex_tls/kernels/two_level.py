@@ -37,17 +37,17 @@ LAST_PHASE = 3
 
 @triton.jit
 def two_level(
-    q, k, v, seq_lens, codes, to_query, low, step, pages,
-    asked, asked_bytes, base, unit, scores, norms, block_words, blocks, block_counts, words, keys, ids, counts, partial, partial_lse,
-    arrivals, out, lse,
+    q, k, v, seq_lens, codes, to_query, low, step, scales, pages,
+    asked, asked_bytes, base, unit, scores, norms, block_words, blocks, block_counts, words, keys, ids, counts, partial,
+    partial_lse, arrivals, out, lse,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    page_stride_k, page_stride_v, arrivals_stride, score_stride, word_stride, n_heads, T, N, K, M, scale, sinks, recent,
-    filter_dims,
+    page_stride_k, page_stride_v, scale_stride_h, arrivals_stride, score_stride, word_stride, n_heads, T, N, K, M,
+    scale, sinks, recent, filter_dims,
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, READ: tl.constexpr, BITS: tl.constexpr,
     PLACES: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PER: tl.constexpr, SCORE_STAGES: tl.constexpr, BLOCK_BN: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
     KP: tl.constexpr, PER_TOKENS: tl.constexpr, TOKEN_BN: tl.constexpr, TOKEN_CHUNKS: tl.constexpr, MP: tl.constexpr,
-    TILE: tl.constexpr, ATTEND_STAGES: tl.constexpr, BY_BLOCK: tl.constexpr, PAGED: tl.constexpr,
+    TILE: tl.constexpr, ATTEND_STAGES: tl.constexpr, BY_BLOCK: tl.constexpr, PAGED: tl.constexpr, INT8: tl.constexpr,
     BLOCK_REDUCE: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr, PROGRAMS: tl.constexpr,
     PP: tl.constexpr, PREFETCH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -121,9 +121,9 @@ def two_level(
             tl.debug_barrier()
             end = tl.minimum(end, n_chosen)
         acc, top, total = attend_range(
-            query, k, v, entries, pages + head * N, first, end, position, scale, k_stride_s, v_stride_s, page_stride_k,
-            page_stride_v, D, DP, ROWS, BLOCK_SIZE, "blocks" if BY_BLOCK else "tokens", PAGED, TILE, ATTEND_STAGES,
-            PRECISION,
+            query, k, v, scales + head * scale_stride_h, entries, pages + head * N, first, end, position, scale,
+            k_stride_s, v_stride_s, page_stride_k, page_stride_v, D, DP, ROWS, BLOCK_SIZE,
+            "blocks" if BY_BLOCK else "tokens", PAGED, INT8, TILE, ATTEND_STAGES, PRECISION,
         )  # fmt: skip
         last = finish(acc, top, total, partial, partial_lse, arrivals + 2 * arrivals_stride, out, lse, row, head, T,
                       D, DP, GROUP, GP, ROWS, PROGRAMS, PP)  # fmt: skip
@@ -163,16 +163,18 @@ class Work(NamedTuple):
 
 def launch_two_level(
     q: Tensor, k: Tensor | None, v: Tensor | None, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor,
-    step: Tensor, arrivals: Tensor, *, bits: tuple[int, ...], block_size: int, kept_blocks: int, token_budget: int | None,
-    sinks: int, recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str, tiles: Tiles,
-    given: Work | None = None, pages: Tensor | None = None,
+    step: Tensor, arrivals: Tensor, *, bits: tuple[int, ...], block_size: int, kept_blocks: int,
+    token_budget: int | None, sinks: int, recent: int, scale: float, filter_dims: int, block_reduce: str,
+    group_reduce: str, tiles: Tiles, given: Work | None = None, pages: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Work]:  # fmt: skip
     """Output [B, HQ, T, D] in q's dtype, lse float32 [B, HQ, T], and what was chosen.
 
     ``arrivals`` int32 [3, R] or wider: zeros before and after. ``token_budget`` None attends to all of the kept blocks.
     Without k and v it stops when the blocks are chosen (phases 0 and 1; output and lse are left unwritten). With
     ``given``, what that call left, it goes on from there (phases 2 and 3) inside the blocks that ``given`` names.
-    ``pages`` int32 [B * HKV, N]: block n of a KV head is page ``pages[n]`` of k and v [B, HKV, P, block_size, D].
+    ``pages`` int32 [B * HKV, N]: block n of a KV head is page ``pages[n]`` of k and v [B, HKV, P, block_size, D];
+    with ``scales`` float32 [B, HKV, P, block_size, 2], contiguous, these are int8.
     """
     assert group_reduce in ("softmax_mean", "max", "mean"), group_reduce
     assert block_reduce in ("max", "logsumexp"), block_reduce
@@ -213,20 +215,23 @@ def launch_two_level(
     phases = [(start, stop)] if NATIVE or programs == 1 else [(i, i) for i in range(start, stop + 1)]
     for first, last in phases:
         two_level[(programs, rows)](
-            q, keys, values, seq_lens, codes, to_query, low, step, arrivals if pages is None else pages,
-            work.asked, work.asked.view(torch.int8), *work[1:9], work.words.view(torch.int16), *work[9:], partial, partial_lse, arrivals, out, lse,
+            q, keys, values, seq_lens, codes, to_query, low, step, arrivals if scales is None else scales,
+            arrivals if pages is None else pages, work.asked, work.asked.view(torch.int8), *work[1:9],
+            work.words.view(torch.int16), *work[9:], partial, partial_lse, arrivals, out, lse,
             q.stride(0), q.stride(1), q.stride(2), keys.stride(0), keys.stride(1), keys.stride(-2),
-            values.stride(0), values.stride(1), values.stride(-2), page_stride_k, page_stride_v, arrivals.stride(0),
-            work.scores.shape[2], work.words.shape[1], hkv, t, n, kept, chosen, scale, sinks, recent, filter_dims,
+            values.stride(0), values.stride(1), values.stride(-2), page_stride_k, page_stride_v,
+            0 if scales is None else scales.stride(1), arrivals.stride(0), work.scores.shape[2], work.words.shape[1],
+            hkv, t, n, kept, chosen, scale, sinks, recent, filter_dims,
             D=d, DP=padded(d, 16), C=channels, W=w, READ=read, BITS=bits, PLACES=max(16, padded(w) * places_of(bits)),
             GROUP=group, GP=padded(group), ROWS=padded(group, 16), BLOCK_SIZE=block_size,
             PER=tiles.blocks_of(tiles.score_words, read, block_size, n), SCORE_STAGES=tiles.score_stages,
             BLOCK_BN=block_chunk, BLOCK_CHUNKS=block_chunks, KP=padded(-(-kept // programs)),
             PER_TOKENS=tiles.blocks_of(tiles.rank_words, w, block_size, kept), TOKEN_BN=token_chunk,
             TOKEN_CHUNKS=token_chunks, MP=padded(max(1, -(-chosen // programs))), TILE=tiles.attend_tile,
-            ATTEND_STAGES=tiles.attend_stages, BY_BLOCK=by_block, PAGED=pages is not None, BLOCK_REDUCE=block_reduce,
-            REDUCE=group_reduce, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", PROGRAMS=programs,
-            PP=padded(programs), PREFETCH=NATIVE and programs > 1 and first == 0, FIRST=first, LAST=last, NATIVE=NATIVE,
-            num_warps=tiles.warps, launch_pdl=NATIVE, launch_cooperative_grid=NATIVE and programs > 1,
+            ATTEND_STAGES=tiles.attend_stages, BY_BLOCK=by_block, PAGED=pages is not None, INT8=scales is not None,
+            BLOCK_REDUCE=block_reduce, REDUCE=group_reduce, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            PROGRAMS=programs, PP=padded(programs), PREFETCH=NATIVE and programs > 1 and first == 0, FIRST=first,
+            LAST=last, NATIVE=NATIVE, num_warps=tiles.warps, launch_pdl=NATIVE,
+            launch_cooperative_grid=NATIVE and programs > 1,
         )  # fmt: skip
     return out, lse, work

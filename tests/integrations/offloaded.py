@@ -10,6 +10,7 @@ from torch import Tensor
 
 import flex_tls as tls
 from tests.integrations.models import SPARSE
+from tests.offload.machine import poison
 
 
 def cache_for(model: Any, offload: tls.OffloadConfig | None, batch_size: int = 1, **kwargs: Any) -> tls.TLSCache:
@@ -20,7 +21,7 @@ def cache_for(model: Any, offload: tls.OffloadConfig | None, batch_size: int = 1
     )  # fmt: skip
     for layer in cache.offloaded_layers:
         # Slots that nothing was written to must never be read
-        layer.opened().pool.slots.fill_(torch.nan)
+        poison(layer.opened().pool)
     return cache
 
 

@@ -261,6 +261,15 @@ def test_different_layers_may_have_different_pools() -> None:
     assert memory.host_bytes_available() is None or memory.host_bytes_available() > 0
 
 
+@pytest.mark.parametrize(("store_dtype", "gpu_bytes", "n_slots"), [("model", 70_000, 8), ("int8", 30_000, 11)])
+def test_slots_are_as_many_as_their_bytes_allow(store_dtype: Any, gpu_bytes: int, n_slots: int) -> None:
+    cache = cache_for(make("llama"), tls.OffloadConfig(gpu_bytes=gpu_bytes, store_dtype=store_dtype))
+    pools = [layer.opened().pool for layer in cache.offloaded_layers]
+    assert [pool.n_slots for pool in pools] == [n_slots] * 2
+    held = sum(part.nbytes for pool in pools for part in pool.parts)
+    assert held <= gpu_bytes < held / n_slots * (n_slots + 1)
+
+
 def test_pools_balanced_by_what_a_cache_missed_hold_as_much_and_serve_the_next() -> None:
     model = make("llama")
     cache = cache_for(model, dataclasses.replace(EXACT, gpu_blocks=(6, 9)))

@@ -186,7 +186,7 @@ def test_a_traced_launch_has_the_outputs_of_its_settings(ship: Callable[..., Non
         counters = torch.zeros(3, 8, dtype=torch.int32, device="cuda")
         lens = torch.empty(1, dtype=torch.int64, device="cuda")
         scores = torch.ops.flex_tls.choose_blocks(
-            q, lens, codes, columns, low, low, counters, 4, 64, 128, 64, 64, 0.1, 32, "max", "softmax_mean"
+            q, lens, codes, columns, low, low, counters, [4] * 4, 64, 128, 64, 64, 0.1, 32, "max", "softmax_mean"
         )[3]
     # 5,000 blocks in two chunks of 4,096; by the rule in one of 8,192
     assert scores.shape == (8, 4, 8192)
@@ -200,8 +200,8 @@ def test_the_op_of_level_1_is_registered_as_pytorch_wants_it_in_several_chunks()
     with forced(INTERPRETED._replace(choose=32, programs=1)):
         torch.library.opcheck(
             torch.ops.flex_tls.choose_blocks.default,
-            (case.q, index.seq_lens, labels.codes, labels.to_query, labels.low, labels.step, index.arrivals, labels.words, 32, 8,
-             16, 40, 0.25, 16, "max", "softmax_mean"),
+            (case.q, index.seq_lens, labels.codes, labels.to_query, labels.low, labels.step, index.arrivals,
+             labels.words, 32, 8, 16, 40, 0.25, 16, "max", "softmax_mean"),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 

@@ -56,12 +56,17 @@ def make_engine(
     )  # fmt: skip
     pool = DevicePool(
         batch_size=b, n_kv_heads=hkv, n_slots=n_slots, n_blocks=n_blocks, block_size=SIZE, head_dim=d, dtype=dtype,
-        device=torch.device("cpu"),
+        device=torch.device("cpu"), store_dtype=store_dtype,
     )  # fmt: skip
     # Whatever was never fetched must never be read
-    pool.slots.fill_(torch.nan)
+    poison(pool)
     transfers = QueuedTransfers()
     return LayerOffload(store, pool, config, n_ahead, transfers), transfers
+
+
+def poison(pool: DevicePool, slots: tuple[int | Tensor, ...] = ()) -> None:
+    """Make every number that these slots, by default all, give back a NaN; in 8 bits by their scales."""
+    (pool.slots if pool.scales is None else pool.scales)[slots] = torch.nan
 
 
 def table(pool: DevicePool, b: int, h: int) -> dict[int, int]:

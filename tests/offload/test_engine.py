@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from tests.offload.machine import SIZE, Model, listed, make_engine, table
+from tests.offload.machine import SIZE, Model, listed, make_engine, poison, table
 
 B, HKV, N, D, AHEAD = 2, 2, 12, 4, 2
 CAPACITY = N * SIZE
@@ -93,7 +93,7 @@ class EngineMachine(RuleBasedStateMachine):
         for b in range(B):
             for h in range(HKV):
                 if not pool.waits[b, h]:
-                    pool.slots[b, h, pool.fetch_slot[b, h, : int(pool.fetch_count[b, h])].long()] = torch.nan
+                    poison(pool, (b, h, pool.fetch_slot[b, h, : int(pool.fetch_count[b, h])].long()))
         self.check_contents(kept)
 
     def opened(self, n: int, t: int) -> list[int]:
@@ -132,7 +132,8 @@ class EngineMachine(RuleBasedStateMachine):
         for b, h in self.models:
             for block in {x for one in kept[b, h] for x in listed(one, N)}:
                 n = min(SIZE, self.lens[b] - block * SIZE)
-                slot = self.pool.slots[b, h, int(self.pool.slot_of_block[b, h, block])]
+                at = b, h, int(self.pool.slot_of_block[b, h, block])
+                slot = self.pool.unpacked(tuple(x[at] for x in self.pool.parts))
                 tokens = slice(block * SIZE, block * SIZE + n)
                 assert torch.equal(slot[:n, 0], self.keys[b, h, tokens])
                 assert torch.equal(slot[:n, 1], self.values[b, h, tokens])
