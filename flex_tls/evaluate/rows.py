@@ -13,7 +13,7 @@ from .. import jsonl
 
 Key = tuple[str, ...]
 # Fields of TLSConfig that came after the first rows, at what these were measured with
-ADDED = {"sparse_from_tokens": 0}
+ADDED = {"sparse_from_tokens": 0, "block_shares": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,14 @@ COMPARISON = (
 ABLATION: dict[str, tuple[str, ...]] = {
     "index": ("index=oracle", "index=box", "index=quest:group_reduce=max", "index=mean"),
     "label channels": tuple(f"label_dims={n}" for n in (8, 16, 24, 32, 48, 64)),
-    "label bits": ("label_bits=2", "label_bits=4", "label_bits=8"),
+    "label bits": (
+        "label_bits=2",
+        "label_bits=4",
+        "label_bits=8",
+        "label_bits=4+2",
+        "label_bits=4+4+2+2",
+        "label_bits=4+2+2+2:filter_dims=24",
+    ),
     "label basis": ("label_basis=channels",),
     "channels that level 1 reads": ("filter_dims=8", "filter_dims=16", "filter_dims=24"),
     "block size": ("block_size=16", "block_size=32", "block_size=64", "block_size=128"),
@@ -42,6 +49,8 @@ FRONTIER = (
         for kind in ("quest:group_reduce=max", "box", "mean")
         for dims in (8, 16, 32)
     ),
+    *(f"ours:label_bits={bits}" for bits in ("4+2", "4+4+2", "4+2+2+2", "4+4+2+2", "4+2:block_size=16")),
+    "ours:label_bits=4+2+2+2:filter_dims=24",
     "quest_double_sparsity",
     "oracle",
 )
