@@ -32,10 +32,10 @@ class TLSConfig:
             ``"quest"``: upper bound from per-channel min and max (Quest, arXiv 2406.10774);
             ``"box"``: the same with the radius damped by ``box_radius``; ``"mean"``: mean key;
             ``"oracle"``: exact keys kept as labels, for tests and upper bounds.
-        label_dims: channels of a token label (C), cut to the head dimension; a label takes whole 32-bit words. By
-            default (None) 32, or as many as the words of ``label_bits`` hold.
-        label_bits: bits per label channel, 2, 4 or 8; or those of each 32-bit word: ``(4, 2)`` is 8 channels of 4 bits
-            and then 16 of 2, in 8 bytes. The leading channels weigh most, and are worth more bits.
+        label_dims: channels of a token label, if they have one width; a label takes whole 32-bit words.
+        label_bits: bits per label channel, 2, 4 or 8; or those of each 32-bit word, which are full then, whatever
+            ``label_dims``: ``(4, 2)`` is 8 channels of 4 bits and then 16 of 2, in 8 bytes. The leading channels weigh
+            most, and are worth more bits. Never more channels (C) than the head dimension.
         label_basis: what a label's channels are. ``"lowrank"``: directions fitted to keys and queries (default);
             ``"channels"``: the key's own channels of the largest products with queries (Double Sparsity,
             arXiv 2408.07092, with the prompt for calibration).
@@ -63,7 +63,7 @@ class TLSConfig:
     sink_tokens: int = 64
     recent_tokens: int = 64
     index: IndexKind = "lowrank"
-    label_dims: int | None = None
+    label_dims: int = 32
     label_bits: int | tuple[int, ...] = 4
     label_basis: LabelBasis = "lowrank"
     filter_dims: int | None = None
@@ -113,9 +113,7 @@ class TLSConfig:
     @property
     def label_channels(self) -> int:
         """C, before it is cut to the head dimension."""
-        if self.label_dims is not None:
-            return self.label_dims
-        return 32 if isinstance(self.label_bits, int) else sum(32 // bits for bits in self.label_bits)
+        return self.label_dims if isinstance(self.label_bits, int) else sum(32 // bits for bits in self.label_bits)
 
     def label_words(self, n_channels: int) -> tuple[int, ...]:
         """Bits of a channel in each 32-bit word of a label's leading ``n_channels``."""
@@ -178,7 +176,7 @@ class TLSConfig:
 
     def _check_labels(self) -> None:
         given = self.label_bits
-        widths = (given,) if isinstance(given, int) else tuple(given)
+        widths = tuple(given) if isinstance(given, tuple | list) else (given,)
         for bits in widths:
             if bits not in LABEL_BITS:
                 raise ValueError(f"label_bits: expected one of {', '.join(map(str, LABEL_BITS))}, got {bits!r}")
@@ -186,20 +184,13 @@ class TLSConfig:
             raise ValueError("label_bits: expected the bits of at least one word, got ()")
         # A tuple also if it came from JSON
         object.__setattr__(self, "label_bits", given if isinstance(given, int) else widths)
-        if self.label_dims is not None:
-            self._at_least("label_dims", 1)
-        dims, words = self.label_channels, self.label_words(self.label_channels)
-        ends = tuple(accumulate(32 // bits for bits in words))
-        if not isinstance(given, int) and (dims > ends[-1] or len(words) < len(widths)):
-            begins = (0, *accumulate(32 // bits for bits in widths))
+        self._at_least("label_dims", 1)
+        dims = self.label_channels
+        ends = tuple(min(end, dims) for end in accumulate(32 // bits for bits in self.label_words(dims)))
+        if self.filter_dims is not None and self.filter_dims not in ends:
             raise ValueError(
-                f"label_dims: expected {begins[-2] + 1} to {begins[-1]}, so that they fill the words of "
-                f"label_bits={widths}, got {dims}; None takes all that fit"
-            )
-        if self.filter_dims is not None and self.filter_dims not in (ends := tuple(min(end, dims) for end in ends)):
-            raise ValueError(
-                f"filter_dims: expected one of {', '.join(map(str, ends))}, the leading channels in whole words of "
-                f"label_dims = {dims}, got {self.filter_dims}; None reads all of them"
+                f"filter_dims: expected one of {', '.join(map(str, ends))}, the leading of {dims} channels in whole "
+                f"32-bit words, got {self.filter_dims}; None reads all of them"
             )
 
     def _check_dense_layers(self) -> None:

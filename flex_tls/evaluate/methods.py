@@ -30,8 +30,8 @@ class Method:
 
     @property
     def config(self) -> dict[str, Any] | None:
-        """The configuration as plain values; ``label_dims`` says how many there are, given or not."""
-        return None if self.cfg is None else {**asdict(self.cfg), "label_dims": self.cfg.label_channels}
+        """The configuration as plain values."""
+        return None if self.cfg is None else asdict(self.cfg)
 
 
 def kept_tokens(cfg: TLSConfig) -> int:

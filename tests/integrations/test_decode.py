@@ -285,12 +285,10 @@ def test_attend_all_fits_every_head(head_dim: int, dtype: torch.dtype) -> None:
 
 
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 60), min_size=1, max_size=3), st.integers(1, 3),
-       st.sampled_from((2, 4, 8, (4, 2), (8, 2, 4))), st.sampled_from((1, 7, 8, 16, None)))  # fmt: skip
-def test_append_tokens_is_append(
-    seed: int, start: list[int], t: int, bits: int | tuple[int, ...], dims: int | None
-) -> None:
+       st.sampled_from((2, 4, 8, (4, 2), (8, 2, 4))), st.sampled_from((1, 7, 8, 16)))  # fmt: skip
+def test_append_tokens_is_append(seed: int, start: list[int], t: int, bits: int | tuple[int, ...], dims: int) -> None:
     cfg = tls.TLSConfig(block_size=16, block_budget=48, token_budget=32, sink_tokens=4, recent_tokens=8,
-                        label_dims=dims if isinstance(bits, int) else None, label_bits=bits)  # fmt: skip
+                        label_dims=dims, label_bits=bits)  # fmt: skip
     case = make_case(cfg, lens=[64] * len(start), s=64, seed=seed)
     index = tls.KVIndex.build(case.k, cfg, capacity_tokens=64)
     labels = index.labels
