@@ -45,6 +45,10 @@ WAYS = {
     "offload_exact": Way(tls.OffloadConfig(policy="exact")),
     "offload_int8": Way(tls.OffloadConfig(policy="async", store_dtype="int8")),
     "offload_int8_all_sparse": Way(tls.OffloadConfig(policy="async", store_dtype="int8"), {"dense_layers": 0}),
+    # Two and a half times the default budget in the pool, instead of twice: where the link is what bounds a step
+    "offload_int8_all_sparse_wide": Way(
+        tls.OffloadConfig(policy="async", store_dtype="int8", gpu_blocks=640), {"dense_layers": 0}
+    ),
 }
 TRANSFORMERS = "transformers_offloaded"
 
