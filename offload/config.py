@@ -115,7 +115,8 @@ class OffloadConfig:
             sizes = (self.gpu_bytes // (max(n_layers, 1) * n_heads * block_bytes),) * n_layers
             name, enough = "gpu_bytes", f"{least * n_layers * n_heads * block_bytes:,} bytes"
         elif self.gpu_fraction is not None:
-            sizes = (int(self.gpu_fraction * n_blocks),) * n_layers
+            # A share such as 1/49 of 49 blocks is one block, not a rounding error less
+            sizes = (int(self.gpu_fraction * n_blocks + 1e-6),) * n_layers
             name, enough = "gpu_fraction", f"{least / n_blocks:.4f}"
         elif isinstance(self.gpu_blocks, tuple):
             if len(self.gpu_blocks) != n_layers:

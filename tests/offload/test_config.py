@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from flex_tls.offload import OffloadConfig, check_host_bytes, host_bytes_available
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 LAYOUT = {"n_layers": 3, "n_heads": 4, "n_blocks": 100, "kept_blocks": 10, "least": 12, "block_bytes": 1024}
@@ -51,6 +51,7 @@ def test_the_pool_s_size_by_blocks_bytes_or_share(settings: dict[str, Any], size
 
 
 @given(st.integers(1, 50), st.integers(1, 20), st.sampled_from(("gpu_blocks", "gpu_bytes", "gpu_fraction")))
+@example(49, 1, "gpu_fraction")
 def test_a_pool_holds_a_step_or_is_refused_with_what_would_do(n_blocks: int, least: int, name: str) -> None:
     layout = {**LAYOUT, "n_blocks": n_blocks, "kept_blocks": least, "least": least}
     for size in range(1, 30):
