@@ -56,7 +56,9 @@ def locate_channels(place, BITS: tl.constexpr, W: tl.constexpr):
     for w in tl.static_range(W):
         before = tl.where(word == w, channels_before(BITS, w), before)
         bits = tl.where(word == w, BITS[w], bits)
-    return before + within, bits, within * bits, (word < W) & (within * bits < 32)
+    in_word = (word < W) & (within * bits < 32)
+    # A shift by more than a word holds is undefined: its result may be anything, even of a code that is 0
+    return before + within, bits, tl.where(in_word, within * bits, 0), in_word
 
 
 @triton.jit
