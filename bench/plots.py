@@ -18,8 +18,8 @@ from .rows import Measured, ModelRow, Row
 COLOURS = {
     "triton_total": "#9b1d3a",
     "triton_filter16": "#e4572e",
-    "triton_mixed": "ours, 4 and 2 bits, 8 bytes",
-    "triton_mixed_filter24": "ours, 4 and 2 bits, level 1 reads 8 of 16 bytes",
+    "triton_mixed": "#f28f3b",
+    "triton_mixed_filter24": "#f7b978",
     "triton_blocks_only": "#dd8fa5",
     "flex_total": "#d1495b",
     "flex_given_selection": "#edae49",
