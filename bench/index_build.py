@@ -69,18 +69,12 @@ def measure(case: Case, device: torch.device, machine: Machine, runs: int, bytes
 
 def code_error(labels: TokenLabels, codes: Tensor, k: Tensor) -> float:
     """||codes - ref|| / ||ref|| over all channels and tokens, ref rounded from float64."""
-    assert labels.words is not None
+    got = labels.unpack(codes, labels.low.shape[-1])
     wrong, size = 0.0, 0.0
     for row in range(k.shape[0]):
         for head in range(k.shape[1]):
             exact = k[row, head].double() @ labels.to_code[row, head].double() + labels.offset[row, head].double()
             exact = exact.round().clamp_min(0).minimum(labels.levels)
-            channels = [
-                (word >> place * bits) & (2**bits - 1)
-                for word, bits in zip(codes[row, head], labels.words, strict=True)
-                for place in range(32 // bits)
-            ]
-            got = torch.stack(channels, 1)[:, : exact.shape[1]].double()
-            wrong += float((got - exact).square().sum())
+            wrong += float((got[row, head].T - exact).square().sum())
             size += float(exact.square().sum())
     return float((wrong / size) ** 0.5)

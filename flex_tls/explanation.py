@@ -78,9 +78,7 @@ class Explanation:
         """What is not of a layer, by name."""
         cfg, shape = self.cfg, self.shape
         kept = "all of them" if cfg.token_budget is None else f"{cfg.token_budget:,} of them"
-        bits = (
-            cfg.label_bits if isinstance(cfg.label_bits, int) else " and ".join(map(str, dict.fromkeys(cfg.label_bits)))
-        )
+        bits = " and ".join(map(str, dict.fromkeys(cfg.label_words(cfg.label_channels))))
         index = f"{cfg.label_channels} channels of {bits} bits" if cfg.index == "lowrank" else "one entry a block"
         by_layer = ""
         if cfg.block_shares is not None:

@@ -200,6 +200,8 @@ def _(
     bits: list[int], block_size: int, kept_blocks: int, sinks: int, recent: int, scale: float, filter_dims: int,
     block_reduce: str, group_reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from .kernels.labels import parts_before
+
     rows, group, n = (
         q.shape[0] * codes.shape[1] * q.shape[2],
         q.shape[1] // codes.shape[1],
@@ -209,7 +211,7 @@ def _(
     chunk, chunks = _tiles(q, codes, kept * block_size).chunk(n)
     floats = low.new_empty
     return (
-        codes.new_empty(rows, group, sum(8 // each for each in bits)), floats(rows, group, 2), floats(rows, group),
+        codes.new_empty(rows, group, parts_before(tuple(bits), len(bits))), floats(rows, group, 2), floats(rows, group),
         floats(rows, group, chunk * chunks), floats(rows, group, 2), codes.new_empty(rows, kept),
         codes.new_empty(rows),
     )  # fmt: skip

@@ -9,9 +9,8 @@ Centring shifts all scores of one query by the same amount, which no ranking and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +180,7 @@ class TokenLabels:
         n_channels = asked.shape[-1] if dims is None else min(dims, asked.shape[-1])
         # Sums of integers below 2**24, exact in float32 and faster than in int32
         if not torch.compiler.is_compiling():
-            values = torch.cat(list(self._unpacked(n_channels)), 2)[:, :, :n_channels]
+            values = self.unpack(self.codes, n_channels)
             scores: Tensor = base + unit * (asked[..., :n_channels] @ values.to(torch.float32))
             return scores
         total = torch.zeros_like(base)
@@ -193,18 +192,18 @@ class TokenLabels:
                 channel += 1
         return base + unit * total
 
-    def _unpacked(self, n_channels: int) -> Iterator[Tensor]:
-        """Codes int32 [B, HKV, C', S] of words of one width, down to the word that ``n_channels`` end in."""
+    def unpack(self, codes: Tensor, n_channels: int) -> Tensor:
+        """The leading channels of codes [B, HKV, W, S], a number each: int32 [B, HKV, n_channels, S]."""
         assert self.words is not None
-        first = channels = 0
-        for bits, run in groupby(self.words):
-            n_words = min(len(list(run)), -(-(n_channels - channels) * bits // 32))
-            if n_words < 1:
-                return
-            shift = torch.arange(0, 32, bits, dtype=torch.int32, device=self.codes.device)
-            words = self.codes[:, :, first : first + n_words, None]
-            yield ((words >> shift[:, None]) & (2**bits - 1)).flatten(2, 3)
-            first, channels = first + n_words, channels + n_words * 32 // bits
+        channels: list[Tensor] = []
+        n = 0
+        for word, bits in zip(codes.unbind(2), self.words, strict=True):
+            if n >= n_channels:
+                break
+            shift = torch.arange(0, 32, bits, dtype=torch.int32, device=codes.device)
+            channels.append((word[:, :, None] >> shift[:, None]) & (2**bits - 1))
+            n += 32 // bits
+        return torch.cat(channels, 2)[:, :, :n_channels]
 
 
 def fit(labels: Sequence[TokenLabels], keys: Sequence[Keys], basis: LabelBasis = "lowrank") -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from .config import StoreDtype
 from .int8 import dequantised, quantised
 
 
-class Blocks:
+class Blocks(ABC):
     """What host store and device pool have in common: how they hold vectors, and how they give them back.
 
     A token's key and value lie side by side, and so do a block's tokens: a block of one KV head is one row of memory,
@@ -25,9 +27,9 @@ class Blocks:
     scales: Tensor | None
 
     @property
+    @abstractmethod
     def parts(self) -> tuple[Tensor, ...]:
         """[B, HKV, X, BLOCK, 2, D], keys at 0 and values at 1 of the last dimension but one; in 8 bits also scales."""
-        raise NotImplementedError
 
     @property
     def tokens(self) -> tuple[Tensor, ...]:

@@ -68,19 +68,12 @@ def double_sparsity(case: Case, sets: list[InputSet], split_kv: int | None) -> J
     attend = attention_over(case, device, case.token_budget, by_block=False)
 
     def select(i: InputSet, labels: Labels) -> tuple[Tensor, Tensor]:
+        bits = (BITS,) * labels.codes.shape[2]
         asked, base, unit = launch_ask(
-            i.q, i.index.seq_lens, labels.to_query, labels.low, labels.step, bits=(BITS,) * labels.codes.shape[2],
-            filter_dims=labels.low.shape[2],
-        )  # fmt: skip
+            i.q, i.index.seq_lens, labels.to_query, labels.low, labels.step, bits=bits, filter_dims=labels.low.shape[2]
+        )
         return launch_rank_labels(
-            labels.codes,
-            i.index.seq_lens,
-            asked,
-            base,
-            unit,
-            arrivals,
-            bits=(BITS,) * labels.codes.shape[2],
-            kept=case.token_budget,
+            labels.codes, i.index.seq_lens, asked, base, unit, arrivals, bits=bits, kept=case.token_budget
         )
 
     def call(i: InputSet, labels: Labels) -> Tensor:
