@@ -181,6 +181,8 @@ def _list(layer: _Layer, per_head: int) -> None:
 
 def _transfer(layer: _Layer, waits: bool, n_programs: int = 32) -> None:
     ops.transfer(layer.store, layer.pool, n_written=0, n_programs=n_programs, may_wait=waits)
+    if waits:
+        ops.arrive(layer.pool)
 
 
 def _join(layers: list[_Layer], result: Any) -> Any:

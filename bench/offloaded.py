@@ -16,7 +16,7 @@ from torch import Tensor
 
 import flex_tls as tls
 from flex_tls import static
-from flex_tls.fused import Chosen
+from flex_tls.fused_pool import Chosen
 from flex_tls.offloaded_layer import OffloadedLayer
 
 from .steps import captured_step

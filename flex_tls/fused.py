@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -60,56 +60,18 @@ def attend_fused(
     """
     seq_lens = index.seq_lens if seq_lens is None else seq_lens
     parts: Parts = fused_attention(
-        q, k, v, seq_lens, *_labels(index), token_budget=cfg.token_budget, **_options(index, cfg, scale)
+        q, k, v, seq_lens, *labels_of(index), token_budget=cfg.token_budget, **options_of(index, cfg, scale)
     )
     return parts
 
 
-class Chosen(NamedTuple):
-    """What :func:`choose_blocks` leaves for :func:`attend_chosen`: R = B * HKV * T rows.
-
-    Attributes:
-        asked, base, unit, norms: the query in label space and level 1's softmax; see ``kernels/two_level.py``.
-        scores: float32 [R, G, N'], label scores of blocks; past the query's own block anything.
-        blocks, counts: int32 [R, K], ascending, N past the count; int32 [R].
-    """
-
-    asked: Tensor
-    base: Tensor
-    unit: Tensor
-    scores: Tensor
-    norms: Tensor
-    blocks: Tensor
-    counts: Tensor
-
-
-def choose_blocks(q: Tensor, index: KVIndex, cfg: TLSConfig, scale: float, seq_lens: Tensor) -> Chosen:
-    """Level 1 alone, for q [B, HQ, T, D] and rows of ``seq_lens`` int64 [B]."""
-    return Chosen(*choose(q, seq_lens, *_labels(index), **_options(index, cfg, scale)))
-
-
-def attend_chosen(
-    q: Tensor, slots: Tensor, scales: Tensor | None, slot_of_block: Tensor, chosen: Chosen, index: KVIndex,
-    cfg: TLSConfig, scale: float, seq_lens: Tensor,
-) -> Tensor:  # fmt: skip
-    """Level 2 and attention inside ``chosen.blocks``, each of which is in the pool; [B, HQ, T, D].
-
-    slots [B, HKV, P, BLOCK, 2, D], keys and values, int8 if there are scales float32 [B, HKV, P, BLOCK, 2];
-    slot_of_block int32 [B, HKV, N].
-    """
-    out: Tensor = attend_slots(
-        q, slots, scales, slot_of_block, seq_lens, *_labels(index), *chosen, token_budget=cfg.token_budget,
-        **_options(index, cfg, scale),
-    )  # fmt: skip
-    return out
-
-
-def _labels(index: KVIndex) -> tuple[Tensor, ...]:
+def labels_of(index: KVIndex) -> tuple[Tensor, ...]:
+    """What all ops take of an index."""
     labels = index.labels
     return labels.codes, labels.to_query, labels.low, labels.step, index.arrivals
 
 
-def _options(index: KVIndex, cfg: TLSConfig, scale: float) -> dict[str, Any]:
+def options_of(index: KVIndex, cfg: TLSConfig, scale: float) -> dict[str, Any]:
     """What all ops take of labels and configuration."""
     n_dims = index.labels.to_query.shape[-1]
     return {
@@ -120,7 +82,7 @@ def _options(index: KVIndex, cfg: TLSConfig, scale: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tiles(q: Tensor, codes: Tensor, kept_tokens: int) -> Tiles:
+def tiles_of(q: Tensor, codes: Tensor, kept_tokens: int) -> Tiles:
     """Settings of a launch, and of the op that only says what the launch returns: those must be the same."""
     from .kernels.tile_table import tiles_for
 
@@ -130,7 +92,7 @@ def _tiles(q: Tensor, codes: Tensor, kept_tokens: int) -> Tiles:
     )
 
 
-def _launch(
+def launch(
     q: Tensor, k: Tensor | None, v: Tensor | None, seq_lens: Tensor, codes: Tensor, *labels: Tensor, block_size: int,
     kept_blocks: int, given: Any = None, **options: Any,
 ) -> Any:  # fmt: skip
@@ -143,7 +105,7 @@ def _launch(
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call,unused-ignore]
         return launch_two_level(
             q, k, v, seq_lens, codes, *labels, block_size=block_size, kept_blocks=kept_blocks, given=given,
-            tiles=_tiles(q, codes, kept * block_size), **options,
+            tiles=tiles_of(q, codes, kept * block_size), **options,
         )  # fmt: skip
 
 
@@ -154,7 +116,7 @@ def fused_attention(
     recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Level 1, level 2 and attention. ``arrivals`` int32 [3, R] is all zeros before and after."""
-    out, lse, work = _launch(
+    out, lse, work = launch(
         q, k, v, seq_lens, codes, to_query, low, step, arrivals, bits=tuple(bits), block_size=block_size,
         kept_blocks=kept_blocks, token_budget=token_budget, sinks=sinks, recent=recent, scale=scale,
         filter_dims=filter_dims, block_reduce=block_reduce, group_reduce=group_reduce,
@@ -177,71 +139,6 @@ def _(
         arrivals.new_empty(rows, kept), counts, arrivals.new_empty(rows, 0 if by_block else token_budget or 0),
         torch.empty_like(counts),
     )  # fmt: skip
-
-
-@torch.library.custom_op("flex_tls::choose_blocks", mutates_args=())
-def choose(
-    q: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor, arrivals: Tensor,
-    bits: list[int], block_size: int, kept_blocks: int, sinks: int, recent: int, scale: float, filter_dims: int,
-    block_reduce: str, group_reduce: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Level 1: the fields of :class:`Chosen`."""
-    _, _, work = _launch(
-        q, None, None, seq_lens, codes, to_query, low, step, arrivals, bits=tuple(bits), block_size=block_size,
-        kept_blocks=kept_blocks, token_budget=None, sinks=sinks, recent=recent, scale=scale, filter_dims=filter_dims,
-        block_reduce=block_reduce, group_reduce=group_reduce,
-    )  # fmt: skip
-    return work.asked, work.base, work.unit, work.scores, work.norms, work.blocks, work.block_counts
-
-
-@choose.register_fake
-def _(
-    q: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor, arrivals: Tensor,
-    bits: list[int], block_size: int, kept_blocks: int, sinks: int, recent: int, scale: float, filter_dims: int,
-    block_reduce: str, group_reduce: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from .kernels.labels import parts_before
-
-    rows, group, n = (
-        q.shape[0] * codes.shape[1] * q.shape[2],
-        q.shape[1] // codes.shape[1],
-        codes.shape[3] // block_size,
-    )
-    kept = min(kept_blocks, n)
-    chunk, chunks = _tiles(q, codes, kept * block_size).chunk(n)
-    floats = low.new_empty
-    return (
-        codes.new_empty(rows, group, parts_before(tuple(bits), len(bits))), floats(rows, group, 2), floats(rows, group),
-        floats(rows, group, chunk * chunks), floats(rows, group, 2), codes.new_empty(rows, kept),
-        codes.new_empty(rows),
-    )  # fmt: skip
-
-
-@torch.library.custom_op("flex_tls::attend_chosen", mutates_args=())
-def attend_slots(
-    q: Tensor, slots: Tensor, scales: Tensor | None, slot_of_block: Tensor, seq_lens: Tensor, codes: Tensor,
-    to_query: Tensor, low: Tensor, step: Tensor, arrivals: Tensor, asked: Tensor, base: Tensor, unit: Tensor,
-    scores: Tensor, norms: Tensor, blocks: Tensor, counts: Tensor, bits: list[int], block_size: int, kept_blocks: int,
-    token_budget: int | None, sinks: int, recent: int, scale: float, filter_dims: int, block_reduce: str,
-    group_reduce: str,
-) -> Tensor:  # fmt: skip
-    """Level 2 and attention over a pool; see :func:`attend_chosen`."""
-    from .kernels.two_level import Work
-
-    # Blocks' keys and what comes later are not read
-    given = Work(asked, base, unit, scores, norms, blocks, blocks, counts, blocks, blocks, counts)
-    out: Tensor = _launch(
-        q, slots[..., 0, :], slots[..., 1, :], seq_lens, codes, to_query, low, step, arrivals, bits=tuple(bits),
-        block_size=block_size, kept_blocks=kept_blocks, token_budget=token_budget, sinks=sinks, recent=recent,
-        scale=scale, filter_dims=filter_dims, block_reduce=block_reduce, group_reduce=group_reduce, given=given,
-        pages=slot_of_block, scales=scales,
-    )[0]  # fmt: skip
-    return out
-
-
-@attend_slots.register_fake
-def _(q: Tensor, *rest: Any) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 def selections(parts: Parts, q: Tensor, index: KVIndex, cfg: TLSConfig) -> tuple[BlockSelection, TokenSelection]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .config import TLSConfig
-from .fused import attend_chosen, attend_fused, choose_blocks
+from .fused import attend_fused
+from .fused_pool import attend_arrived, attend_chosen, attend_resident, choose_blocks
 from .index import KVIndex
 from .offload import LayerOffload
 
@@ -56,7 +57,12 @@ def decode_offloaded(
         chosen.blocks.view(*heads, -1), chosen.scores.view(*heads, *chosen.scores.shape[1:]), start, seq_lens
     )
     inside = chosen._replace(blocks=attended.flatten(0, 1), counts=counts.flatten())
-    return attend_chosen(q, pool.slots, pool.scales, pool.slot_of_block, inside, index, cfg, scale, seq_lens)
+    if not engine.config.may_wait:
+        return attend_chosen(q, pool, inside, index, cfg, scale, seq_lens)
+    # What is there first, while the rest comes
+    resident = attend_resident(q, pool, inside, index, cfg, scale, seq_lens)
+    engine.traced_arrival()
+    return attend_arrived(q, pool, resident, inside, index, scale, seq_lens)
 
 
 @torch.library.custom_op("flex_tls::append_to_pool", mutates_args=("slots", "codes", "scales"))

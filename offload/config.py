@@ -21,7 +21,8 @@ class OffloadConfig:
         gpu_fraction: slots as a share of the blocks that the cache has room for, above 0 and at most 1.
         policy: what a step does about selected blocks that are not on the device. ``"async"``: they are left out and
             arrive for the next step, nothing waits. ``"exact"``: the step waits for them, and equals the cache without
-            offload. ``"corrected"``: as async, but KV heads that would miss too much wait.
+            offload; a compiled one attends to what is there while they come. ``"corrected"``: as async, but KV heads
+            that would miss too much wait.
         missing_mass_bound: for ``"corrected"``: share of the selected blocks' estimated attention mass that a KV head
             may miss without waiting.
         attend_resident: attend also to blocks that are on the device from earlier steps: level 2 then chooses its
@@ -87,6 +88,11 @@ class OffloadConfig:
     def waits_above(self) -> float:
         """Missing share of the estimated mass above which a KV head waits: -1 always, infinity never."""
         return {"exact": -1.0, "async": math.inf, "corrected": self.missing_mass_bound}[self.policy]
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether a step of the policy can wait at all."""
+        return self.policy != "async"
 
     def token_bytes(self, head_dim: int, itemsize: int) -> int:
         """Bytes of one token's key and value of one KV head, on the host and in the pool alike.

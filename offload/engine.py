@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import OffloadConfig
 from .memory import check_host_bytes, host_bytes_available
-from .ops import KernelTransfers, plan, transfer
+from .ops import KernelTransfers, arrive, plan, transfer
 from .pool import COUNTERS, DevicePool
 from .residency import attended_blocks, open_blocks, plan_step
 from .store import HostStore
@@ -154,7 +154,7 @@ class LayerOffload:
         bound = -1.0 if wait else self.config.waits_above
         resident_too = self.config.attends_resident and not wait
         chosen = self._plan(_union(ids, self.pool.n_blocks), scores, start, seq_lens, bound, resident_too)
-        self.transfers.start(self.store, self.pool, n_written, may_wait=bound != float("inf"))
+        self.transfers.start(self.store, self.pool, n_written, may_wait=wait or self.config.may_wait)
         self.is_warm |= wait
         if chosen is not None and ids.shape[2] == 1:
             return chosen[0][:, :, None], chosen[1][:, :, None]
@@ -163,6 +163,8 @@ class LayerOffload:
     def traced_step(self, ids: Tensor, scores: Tensor, start: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`step` for one token of a compiled step: by the kernels, on a CPU too; the host keeps no state.
 
+        What a waiting row misses is on its way: it may be read after :meth:`traced_arrival`.
+
         ids int32 [B, HKV, K] -> blocks to attend to, int32 [B, HKV, A], and their counts [B, HKV].
         """
         config = self.config
@@ -170,11 +172,12 @@ class LayerOffload:
             self.pool, ids, scores, start, seq_lens, n_ahead=self.n_ahead, waits_above=config.waits_above,
             resident_too=config.attends_resident,
         )  # fmt: skip
-        transfer(
-            self.store, self.pool, n_written=1, n_programs=config.transfer_programs,
-            may_wait=config.waits_above != float("inf"),
-        )  # fmt: skip
+        transfer(self.store, self.pool, n_written=1, n_programs=config.transfer_programs, may_wait=config.may_wait)
         return attended
+
+    def traced_arrival(self) -> None:
+        """What follows in a compiled step comes after the blocks that rows of the last :meth:`traced_step` wait for."""
+        arrive(self.pool)
 
     def join(self) -> None:
         """What follows comes after every transfer so far."""

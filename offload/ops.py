@@ -1,8 +1,9 @@
 """Plan, transfers and join as operators that ``torch.compile`` traces and a CUDA graph captures.
 
-Stream: one for each device, on which all transfers run in the order of their starts; it is forked from the current
-stream by every start and joined by :func:`join_transfers`. Ownership: all tensors but ``ids``, ``scores``, ``start``
-and ``seq_lens`` belong to an engine and keep their addresses; the side stream reads none of those four.
+Stream: one for each device, on which all transfers run in the order of their starts, first those that somebody waits
+for; it is forked from the current stream by every start and joined by :func:`join_transfers`. Ownership: all tensors
+but ``ids``, ``scores``, ``start`` and ``seq_lens`` belong to an engine and keep their addresses; the side stream reads
+none of those four.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from .pool import DevicePool
 from .residency import check_room, open_blocks
 from .store import HostStore
-from .transfers import side_stream
+from .transfers import mark_arrival, side_stream, wait_for_arrival
 
 _TABLES = (
     "slot_of_block", "block_of_slot", "last_used", "arrived", "clock", "begins", "lens", "fetch_block", "fetch_slot",
@@ -44,6 +45,11 @@ def transfer(store: HostStore, pool: DevicePool, *, n_written: int, n_programs: 
     """Start what the last plan listed; see :class:`.transfers.Transfers`."""
     lists = (getattr(pool, name) for name in _LISTS)
     transfer_blocks(store.rows, store.scales, pool.slots, pool.scales, *lists, n_written, n_programs, may_wait)
+
+
+def arrive(pool: DevicePool) -> None:
+    """The current stream goes on after what rows wait for, of the last :func:`transfer` with ``may_wait``."""
+    await_arrival(pool.slots)
 
 
 def join(pool: DevicePool) -> None:
@@ -87,7 +93,7 @@ def transfer_blocks(
     begins: Tensor, lens: Tensor, fetch_block: Tensor, fetch_slot: Tensor, fetch_count: Tensor, waits: Tensor,
     n_written: int, n_programs: int, may_wait: bool,
 ) -> None:  # fmt: skip
-    """:func:`flex_tls.kernels.fetch_blocks.launch_fetch_blocks`, at once where rows wait, else on the side stream."""
+    """:func:`flex_tls.kernels.fetch_blocks.launch_fetch_blocks` on the side stream, first where rows wait."""
     from ..kernels.fetch_blocks import launch_fetch_blocks
 
     parts = (rows, scales, slots, slot_scales)
@@ -100,12 +106,12 @@ def transfer_blocks(
         return
     side = side_stream(slots.device)
     with torch.cuda.device_of(slots):  # type: ignore[no-untyped-call,unused-ignore]
-        # Forked before the waiting rows' fetch: the others' begins beside it
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
+            if may_wait:
+                launch_fetch_blocks(*parts, *lists, n_written=0, n_programs=n_programs, waiting=True)
+                mark_arrival(slots.device)
             launch_fetch_blocks(*parts, *lists, n_written=n_written, n_programs=n_programs, waiting=False)
-        if may_wait:
-            launch_fetch_blocks(*parts, *lists, n_written=0, n_programs=n_programs, waiting=True)
 
 
 @transfer_blocks.register_fake
@@ -130,6 +136,18 @@ def _(slots: Tensor) -> None:
     return None
 
 
+@torch.library.custom_op("flex_tls::await_arrival", mutates_args=("slots",))
+def await_arrival(slots: Tensor) -> None:
+    """The current stream waits for the blocks that rows wait for; nothing on a CPU."""
+    if slots.is_cuda:
+        wait_for_arrival(slots.device)
+
+
+@await_arrival.register_fake
+def _(slots: Tensor) -> None:
+    return None
+
+
 class KernelTransfers:
     """By one kernel on ``n_programs`` programs, beside the step on the side stream; nothing waits on the host.
 
@@ -143,6 +161,8 @@ class KernelTransfers:
     def start(self, store: HostStore, pool: DevicePool, n_written: int, may_wait: bool) -> None:
         """See :class:`.transfers.Transfers`."""
         transfer(store, pool, n_written=n_written, n_programs=self.n_programs, may_wait=may_wait)
+        if may_wait:
+            arrive(pool)
 
     def join(self) -> None:
         """See :class:`.transfers.Transfers`."""

@@ -94,6 +94,21 @@ def _side_stream(device_index: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device_index)  # type: ignore[no-untyped-call,unused-ignore]
 
 
+def mark_arrival(device: torch.device) -> None:
+    """What the side stream has been given so far is what :func:`wait_for_arrival` waits for."""
+    side = side_stream(device)
+    _arrivals[side.device_index] = side.record_event()
+
+
+def wait_for_arrival(device: torch.device) -> None:
+    """The current stream goes on after what was marked last; the side stream does not wait for it."""
+    torch.cuda.current_stream(device).wait_event(_arrivals[side_stream(device).device_index])
+
+
+# Of each device: events between two halves of a step, so that a captured step holds its own
+_arrivals: dict[int, torch.cuda.Event] = {}
+
+
 def fetch(store: HostStore, pool: DevicePool, rows: Tensor) -> None:
     """Copy the listed blocks of the rows and heads ``rows`` bool [B, HKV] into their slots; store and pool on a CPU."""
     entry = torch.arange(pool.n_slots) < pool.fetch_count[..., None]

@@ -28,15 +28,18 @@ def load_query(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t,
 
 @triton.jit
 def attend_range(
-    query, k, v, scales, ids, pages, first, end, position, scale, k_stride_s, v_stride_s, page_stride_k, page_stride_v,
+    query, k, v, scales, ids, pages, arrived, now, first, end, position, scale, k_stride_s, v_stride_s, page_stride_k,
+    page_stride_v,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr,
-    PAGED: tl.constexpr, INT8: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PAGED: tl.constexpr, WHICH: tl.constexpr, INT8: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(acc [ROWS, DP], top [ROWS], total [ROWS]) of entries ``first`` to ``end``, none past the query's position.
 
     An entry is a token of ``ids`` (MODE "tokens"), a token of the blocks in ``ids`` ("blocks"), or a slot ("all").
-    PAGED: block n lies at page ``pages[n]`` of k and v, ``page_stride`` apart. With INT8 these are codes, exact in
-    the query's dtype, and a token's two ``scales`` are multiplied to its score and to its weight.
+    PAGED: block n lies at page ``pages[n]`` of k and v, ``page_stride`` apart; WHICH "arrived" are tokens of pages
+    whose ``arrived`` is ``now``, "resident" those of all others. With INT8 k and v are codes, exact in the query's
+    dtype, and a token's two ``scales`` are multiplied to its score and to its weight.
     """
     d = tl.arange(0, DP)
     lane = tl.arange(0, TILE)
@@ -54,6 +57,9 @@ def attend_range(
         seen = (place < end) & (slot <= position)
         if PAGED:
             page = tl.load(pages + slot // BLOCK_SIZE, seen, other=0).to(tl.int64)
+            if WHICH != "all":
+                is_new = tl.load(arrived + page, seen, other=0) == now
+                seen = seen & (is_new if WHICH == "arrived" else ~is_new)
             inside = slot % BLOCK_SIZE
             key_at, value_at = page * page_stride_k + inside * k_stride_s, page * page_stride_v + inside * v_stride_s
         else:
@@ -88,31 +94,47 @@ def attend_range(
 
 
 @triton.jit
+def set_aside(acc, top, total, partial, partial_lse, entry,
+              D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Part ``entry`` of a row's output and its log-sum-exp, for :func:`finish` to merge."""
+    g = tl.arange(0, ROWS)
+    d = tl.arange(0, DP)
+    inside = (g < GROUP)[:, None] & (d < D)[None]
+    at = entry * GROUP + g
+    tl.store(partial + at[:, None] * D + d[None], acc / tl.maximum(total, 1e-37)[:, None], inside)
+    tl.store(partial_lse + at, _lse(top, total), g < GROUP)
+
+
+@triton.jit
 def finish(acc, top, total, partial, partial_lse, arrival, out, lse, row, head, T,
            D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr,
-           PROGRAMS: tl.constexpr, PP: tl.constexpr):  # fmt: skip
-    """Write the row's output: at once, or by the last of its programs. True in that program, and in a single one."""
+           PROGRAMS: tl.constexpr, BEFORE: tl.constexpr, PP: tl.constexpr):  # fmt: skip
+    """Write the row's output: at once, or by the last of its programs. True in that program, and in a single one.
+
+    BEFORE parts of the row are there already, set aside by an earlier launch.
+    """
+    PARTS: tl.constexpr = BEFORE + PROGRAMS
     g = tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     inside = (g < GROUP)[:, None] & (d < D)[None]
     out += head * GROUP * T * D
     lse += head * GROUP * T
     last = True
-    if PROGRAMS == 1:
+    if PARTS == 1:
         result = acc / tl.maximum(total, 1e-37)[:, None]
         tl.store(out + (g * T + row % T)[:, None] * D + d[None], result.to(out.dtype.element_ty), inside)
         tl.store(lse + g * T + row % T, _natural(_lse(top, total)), g < GROUP)
     else:
-        partial += row * PROGRAMS * GROUP * D
-        partial_lse += row * PROGRAMS * GROUP
-        entry = tl.program_id(0) * GROUP
-        tl.store(partial + (entry + g)[:, None] * D + d[None], acc / tl.maximum(total, 1e-37)[:, None], inside)
-        tl.store(partial_lse + entry + g, _lse(top, total), g < GROUP)
+        partial += row * PARTS * GROUP * D
+        partial_lse += row * PARTS * GROUP
+        set_aside(acc, top, total, partial, partial_lse, BEFORE + tl.program_id(0), D, DP, GROUP, ROWS)
         tl.debug_barrier()
-        last = tl.atomic_add(arrival, 1, sem="acq_rel") == PROGRAMS - 1
+        if PROGRAMS > 1:
+            last = tl.atomic_add(arrival, 1, sem="acq_rel") == PROGRAMS - 1
         if last:
-            tl.store(arrival, 0)
-            _merge(partial, partial_lse, out, lse, row % T, T, D, GROUP, GP, PROGRAMS, PP, min(DP * GP, 512))
+            if PROGRAMS > 1:
+                tl.store(arrival, 0)
+            _merge(partial, partial_lse, out, lse, row % T, T, D, GROUP, GP, PARTS, PP, min(DP * GP, 512))
     return last
 
 
@@ -130,14 +152,14 @@ def _natural(lse):
 
 @triton.jit
 def _merge(partial, partial_lse, out, lse, t, T,
-           D: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, PROGRAMS: tl.constexpr, PP: tl.constexpr,
+           D: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr,
            COLUMNS: tl.constexpr):  # fmt: skip
-    """Sum of the programs' outputs, each by its share of the total weight; COLUMNS of the heads' channels at once."""
+    """Sum of the parts, each by its share of the total weight; COLUMNS of the heads' channels at once."""
     p = tl.arange(0, PP)[:, None]
     for start in tl.static_range(0, GROUP * D, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None]
         g = column // D
-        there = (p < PROGRAMS) & (column < GROUP * D)
+        there = (p < PARTS) & (column < GROUP * D)
         weight = tl.load(partial_lse + p * GROUP + g, there, other=float("-inf"), cache_modifier=".cg")
         part = tl.load(partial + p * GROUP * D + column, there, other=0.0, cache_modifier=".cg")
         top = tl.max(weight, 0)
@@ -146,7 +168,7 @@ def _merge(partial, partial_lse, out, lse, t, T,
         column = start + tl.arange(0, COLUMNS)
         tl.store(out + (column // D * T + t) * D + column % D, result.to(out.dtype.element_ty), column < GROUP * D)
     g = tl.arange(0, GP)
-    weight = tl.load(partial_lse + p * GROUP + g[None], (p < PROGRAMS) & (g < GROUP)[None], other=float("-inf"),
+    weight = tl.load(partial_lse + p * GROUP + g[None], (p < PARTS) & (g < GROUP)[None], other=float("-inf"),
                      cache_modifier=".cg")  # fmt: skip
     top = tl.max(weight, 0)
     total = tl.sum(tl.exp2(weight - tl.where(top == float("-inf"), 0.0, top)[None]), 0)
@@ -179,11 +201,11 @@ def attend(
     v += head // n_heads * v_stride_b + head % n_heads * v_stride_h
     first = tl.program_id(0) * per_program
     acc, top, total = attend_range(
-        query, k, v, ids, ids + row * K, ids, first, tl.minimum(n, first + per_program), position, scale, k_stride_s,
-        v_stride_s, 0, 0, D, DP, ROWS, BLOCK_SIZE, MODE, False, False, TILE, STAGES, PRECISION,
+        query, k, v, ids, ids + row * K, ids, ids, 0, first, tl.minimum(n, first + per_program), position, scale,
+        k_stride_s, v_stride_s, 0, 0, D, DP, ROWS, BLOCK_SIZE, MODE, False, "all", False, TILE, STAGES, PRECISION,
     )  # fmt: skip
     finish(acc, top, total, partial, partial_lse, arrivals + row, out, lse, row, head, T,
-           D, DP, GROUP, GP, ROWS, PROGRAMS, PP)  # fmt: skip
+           D, DP, GROUP, GP, ROWS, PROGRAMS, 0, PP)  # fmt: skip
 
 
 def launch_attend(

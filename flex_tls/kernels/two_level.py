@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .ask import ask, prefetch_projection
-from .attend import attend_range, finish, load_query
+from .attend import attend_range, finish, load_query, set_aside
 from .follow import follow, precede
 from .keep_best import find_edge, load_words, write_list
 from .labels import channels_before, parts_before, places_of
@@ -37,19 +37,20 @@ LAST_PHASE = 3
 
 @triton.jit
 def two_level(
-    q, k, v, seq_lens, codes, to_query, low, step, scales, pages,
+    q, k, v, seq_lens, codes, to_query, low, step, scales, pages, arrived, clock,
     asked, asked_bytes, base, unit, scores, norms, block_words, blocks, block_counts, words, keys, ids, counts, partial,
     partial_lse, arrivals, out, lse,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    page_stride_k, page_stride_v, scale_stride_h, arrivals_stride, score_stride, word_stride, n_heads, T, N, K, M,
-    scale, sinks, recent, filter_dims,
+    page_stride_k, page_stride_v, scale_stride_h, n_pages, arrivals_stride, score_stride, word_stride, n_heads, T,
+    N, K, M, scale, sinks, recent, filter_dims,
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, READ: tl.constexpr, BITS: tl.constexpr,
     PLACES: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PER: tl.constexpr, SCORE_STAGES: tl.constexpr, BLOCK_BN: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
     KP: tl.constexpr, PER_TOKENS: tl.constexpr, TOKEN_BN: tl.constexpr, TOKEN_CHUNKS: tl.constexpr, MP: tl.constexpr,
-    TILE: tl.constexpr, ATTEND_STAGES: tl.constexpr, BY_BLOCK: tl.constexpr, PAGED: tl.constexpr, INT8: tl.constexpr,
-    BLOCK_REDUCE: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr, PROGRAMS: tl.constexpr,
-    PP: tl.constexpr, PREFETCH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, NATIVE: tl.constexpr,
+    TILE: tl.constexpr, ATTEND_STAGES: tl.constexpr, BY_BLOCK: tl.constexpr, PAGED: tl.constexpr, SPLIT: tl.constexpr,
+    INT8: tl.constexpr, BLOCK_REDUCE: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
+    PROGRAMS: tl.constexpr, PP: tl.constexpr, PREFETCH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Phases FIRST to LAST of program (i, row)."""
     precede(NATIVE)
@@ -120,17 +121,24 @@ def two_level(
             tl.store(counts + row, n_chosen)
             tl.debug_barrier()
             end = tl.minimum(end, n_chosen)
+        now = tl.load(clock + head) if SPLIT else 0
         acc, top, total = attend_range(
-            query, k, v, scales + head * scale_stride_h, entries, pages + head * N, first, end, position, scale,
-            k_stride_s, v_stride_s, page_stride_k, page_stride_v, D, DP, ROWS, BLOCK_SIZE,
-            "blocks" if BY_BLOCK else "tokens", PAGED, INT8, TILE, ATTEND_STAGES, PRECISION,
+            query, k, v, scales + head * scale_stride_h, entries, pages + head * N, arrived + head * n_pages, now,
+            first, end, position, scale, k_stride_s, v_stride_s, page_stride_k, page_stride_v, D, DP, ROWS, BLOCK_SIZE,
+            "blocks" if BY_BLOCK else "tokens", PAGED, "resident" if SPLIT else "all", INT8, TILE, ATTEND_STAGES,
+            PRECISION,
         )  # fmt: skip
-        last = finish(acc, top, total, partial, partial_lse, arrivals + 2 * arrivals_stride, out, lse, row, head, T,
-                      D, DP, GROUP, GP, ROWS, PROGRAMS, PP)  # fmt: skip
-        if (PROGRAMS > 1) & last:
-            # All programs have met, and left
-            tl.store(arrivals, 0)
-            tl.store(arrivals + arrivals_stride, 0)
+        if SPLIT:
+            part = row * 2 * PROGRAMS + tl.program_id(0)
+            set_aside(acc, top, total, partial, partial_lse, part, D, DP, GROUP, ROWS)
+            leave(arrivals, arrivals_stride, PROGRAMS)
+        else:
+            last = finish(acc, top, total, partial, partial_lse, arrivals + 2 * arrivals_stride, out, lse, row, head, T,
+                          D, DP, GROUP, GP, ROWS, PROGRAMS, 0, PP)  # fmt: skip
+            if (PROGRAMS > 1) & last:
+                # All programs have met, and left
+                tl.store(arrivals, 0)
+                tl.store(arrivals + arrivals_stride, 0)
     elif FIRST < LAST:
         leave(arrivals, arrivals_stride, PROGRAMS)
 
@@ -166,7 +174,7 @@ def launch_two_level(
     step: Tensor, arrivals: Tensor, *, bits: tuple[int, ...], block_size: int, kept_blocks: int,
     token_budget: int | None, sinks: int, recent: int, scale: float, filter_dims: int, block_reduce: str,
     group_reduce: str, tiles: Tiles, given: Work | None = None, pages: Tensor | None = None,
-    scales: Tensor | None = None,
+    scales: Tensor | None = None, arrived: Tensor | None = None, clock: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Work]:  # fmt: skip
     """Output [B, HQ, T, D] in q's dtype, lse float32 [B, HQ, T], and what was chosen.
 
@@ -174,7 +182,9 @@ def launch_two_level(
     Without k and v it stops when the blocks are chosen (phases 0 and 1; output and lse are left unwritten). With
     ``given``, what that call left, it goes on from there (phases 2 and 3) inside the blocks that ``given`` names.
     ``pages`` int32 [B * HKV, N]: block n of a KV head is page ``pages[n]`` of k and v [B, HKV, P, block_size, D];
-    with ``scales`` float32 [B, HKV, P, block_size, 2], contiguous, these are int8.
+    with ``scales`` float32 [B, HKV, P, block_size, 2], contiguous, these are int8. With ``arrived`` int32 [B, HKV, P]
+    tokens of pages where that is ``clock`` int32 [B, HKV] are left to :mod:`.attend_arrived`: in place of output and
+    lse come parts float32 [R, 2 * programs, G, D] and [R, 2 * programs, G], the first half of them written.
     """
     assert group_reduce in ("softmax_mean", "max", "mean"), group_reduce
     assert block_reduce in ("max", "logsumexp"), block_reduce
@@ -205,8 +215,9 @@ def launch_two_level(
         ids=new(rows, chosen, dtype=i32), counts=new(rows, dtype=i32),
     )  # fmt: skip
     out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), new(b, hq, t, dtype=f32)
-    partial = new(rows, programs, group, d, dtype=f32) if programs > 1 else lse
-    partial_lse = new(rows, programs, group, dtype=f32) if programs > 1 else lse
+    parts = programs if arrived is None else 2 * programs
+    partial = new(rows, parts, group, d, dtype=f32) if parts > 1 else lse
+    partial_lse = new(rows, parts, group, dtype=f32) if parts > 1 else lse
     stop = LAST_PHASE if k is not None else 1
     keys, values = (q if x is None else x for x in (k, v))
     page_stride_k, page_stride_v = (keys.stride(2), values.stride(2)) if pages is not None else (0, 0)
@@ -216,22 +227,24 @@ def launch_two_level(
     for first, last in phases:
         two_level[(programs, rows)](
             q, keys, values, seq_lens, codes, to_query, low, step, arrivals if scales is None else scales,
-            arrivals if pages is None else pages, work.asked, work.asked.view(torch.int8), *work[1:9],
+            arrivals if pages is None else pages, arrivals if arrived is None else arrived,
+            arrivals if clock is None else clock, work.asked, work.asked.view(torch.int8), *work[1:9],
             work.words.view(torch.int16), *work[9:], partial, partial_lse, arrivals, out, lse,
             q.stride(0), q.stride(1), q.stride(2), keys.stride(0), keys.stride(1), keys.stride(-2),
             values.stride(0), values.stride(1), values.stride(-2), page_stride_k, page_stride_v,
-            0 if scales is None else scales.stride(1), arrivals.stride(0), work.scores.shape[2], work.words.shape[1],
-            hkv, t, n, kept, chosen, scale, sinks, recent, filter_dims,
+            0 if scales is None else scales.stride(1), 0 if arrived is None else arrived.shape[2], arrivals.stride(0),
+            work.scores.shape[2], work.words.shape[1], hkv, t, n, kept, chosen, scale, sinks, recent, filter_dims,
             D=d, DP=padded(d, 16), C=channels, W=w, READ=read, BITS=bits, PLACES=max(16, padded(w) * places_of(bits)),
             GROUP=group, GP=padded(group), ROWS=padded(group, 16), BLOCK_SIZE=block_size,
             PER=tiles.blocks_of(tiles.score_words, read, block_size, n), SCORE_STAGES=tiles.score_stages,
             BLOCK_BN=block_chunk, BLOCK_CHUNKS=block_chunks, KP=padded(-(-kept // programs)),
             PER_TOKENS=tiles.blocks_of(tiles.rank_words, w, block_size, kept), TOKEN_BN=token_chunk,
             TOKEN_CHUNKS=token_chunks, MP=padded(max(1, -(-chosen // programs))), TILE=tiles.attend_tile,
-            ATTEND_STAGES=tiles.attend_stages, BY_BLOCK=by_block, PAGED=pages is not None, INT8=scales is not None,
-            BLOCK_REDUCE=block_reduce, REDUCE=group_reduce, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            ATTEND_STAGES=tiles.attend_stages, BY_BLOCK=by_block, PAGED=pages is not None,
+            SPLIT=arrived is not None, INT8=scales is not None, BLOCK_REDUCE=block_reduce, REDUCE=group_reduce,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             PROGRAMS=programs, PP=padded(programs), PREFETCH=NATIVE and programs > 1 and first == 0, FIRST=first,
             LAST=last, NATIVE=NATIVE, num_warps=tiles.warps, launch_pdl=NATIVE,
             launch_cooperative_grid=NATIVE and programs > 1,
         )  # fmt: skip
-    return out, lse, work
+    return (out, lse, work) if arrived is None else (partial, partial_lse, work)

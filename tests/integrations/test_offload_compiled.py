@@ -16,11 +16,12 @@ from tests.integrations.models import SPARSE, make, prompts
     [
         ("cpu", (28, 9), "exact", "model"),
         ("cpu", (28, 9), "exact", "int8"),
+        ("cpu", (28, 9), "corrected", "model"),
         *(
             pytest.param("cuda", *case, marks=pytest.mark.cuda)
             for case in (
                 ((90,), "exact", "model"), ((28, 9), "exact", "model"), ((90, 60), "async", "model"),
-                ((28, 9), "exact", "int8"), ((90, 60), "async", "int8"),
+                ((28, 9), "exact", "int8"), ((90, 60), "async", "int8"), ((90, 60), "corrected", "model"),
             )
         ),
     ],
