@@ -54,6 +54,8 @@ def traced_step(model: Any, cache: tls.TLSCache) -> Callable[[], object]:
     device = next(model.parameters()).device
     n_steps = TRACE_STEPS[device.type]
     clock = torch.zeros(1, dtype=torch.int64, device=device)
+    # Read by the captured step, whoever gives the same index another trace
+    traces = []
     for number, layer in enumerate(cache.offloaded_layers):
         index: Any = layer.index
         n_filled = cache.get_seq_length() // index.cfg.block_size + 1
@@ -61,12 +63,14 @@ def traced_step(model: Any, cache: tls.TLSCache) -> Callable[[], object]:
         rows = cache.batch_size * index.n_kv_heads
         index.trace = trace(n_steps, rows, n_filled, kept, device=device, seed=number)
         index.clock = clock
+        traces.append(index.trace)
         layer.prepare()
         # The trace warms it
         layer.opened().is_warm = True
     replay = captured_step(model, cache, during=_traced_choices)
 
     def step() -> None:
+        assert traces
         replay()
         clock.add_(1)
 

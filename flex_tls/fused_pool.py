@@ -56,13 +56,15 @@ class Resident(NamedTuple):
 
     Attributes:
         parts, parts_lse: float32 [R, 2 * programs, G, D] and [R, 2 * programs, G]; the first half is written.
-        ids, counts: int32 [R, M], all tokens that were chosen, int32 [R]; without level 2 the blocks.
+        ids, counts: int32 [R, M], all tokens that were chosen, int32 [R]; the blocks, if ``by_block``.
+        by_block: whether level 2 had nothing to choose.
     """
 
     parts: Tensor
     parts_lse: Tensor
     ids: Tensor
     counts: Tensor
+    by_block: bool
 
 
 def attend_resident(
@@ -77,8 +79,8 @@ def attend_resident(
         token_budget=cfg.token_budget, **options_of(index, cfg, scale),
     )  # fmt: skip
     if not ids.shape[1]:
-        ids, counts = chosen.blocks, chosen.counts
-    return Resident(parts, parts_lse, ids, counts)
+        return Resident(parts, parts_lse, chosen.blocks, chosen.counts, by_block=True)
+    return Resident(parts, parts_lse, ids, counts, by_block=False)
 
 
 def attend_arrived(
@@ -87,7 +89,7 @@ def attend_arrived(
     """The output [B, HQ, T, D] over all that was chosen, once it is in the pool."""
     out: Tensor = attend_arrived_slots(
         q, pool.slots, pool.scales, pool.slot_of_block, pool.arrived, pool.clock, seq_lens, index.labels.codes,
-        index.arrivals, *resident, resident.ids is chosen.blocks, pool.block_size,
+        index.arrivals, *resident, pool.block_size,
         chosen.blocks.shape[1] * pool.block_size, scale,
     )  # fmt: skip
     return out

@@ -45,14 +45,10 @@ class Tiles(NamedTuple):
     def blocks_of(self, words: int, of_label: int, block_size: int, n: int) -> int:
         """Blocks that a program takes at once of its share of ``n``; a power of two, at least two tokens a thread.
 
-        At most those whose labels, ``of_label`` words each, are some ``words`` in all; fewer where the last of several
-        such tiles would be idle for longer than more tiles take. Not fewer for a share of one tile: what is idle there
-        costs less than a second program on the same processor, which few enough registers would let in (docs/design.md,
-        section 8).
+        At most those whose labels, ``of_label`` words each, are some ``words`` in all; fewer where the last of such
+        tiles would be idle for longer than more tiles take.
         """
         most, share = max(1, words // (padded(of_label) * block_size)), -(-n // self.programs)
-        if share <= most:
-            return most
         sizes = [most >> i for i in range(most.bit_length()) if i == 0 or (most >> i) * block_size >= 64 * self.warps]
         return min(sizes, key=lambda size: -(-share // size) * (size * block_size + TILE_TOKENS))
 

@@ -53,7 +53,6 @@ def two_level(
     NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Phases FIRST to LAST of program (i, row)."""
-    precede(NATIVE)
     if PREFETCH:
         # Hints, and so they may come before the wait, whatever they find
         _, head, position = locate(seq_lens, n_heads, T)
@@ -61,6 +60,8 @@ def two_level(
         first, end = share(tl.minimum(tl.maximum(position // BLOCK_SIZE + 1, 0), N), PROGRAMS)
         prefetch_labels(codes + head * W * N * BLOCK_SIZE, first, end, N, READ, BLOCK_SIZE, 256)
     follow(NATIVE)
+    # Not earlier: while two launches are under way, the programs of a third would share processors unevenly
+    precede(NATIVE)
     row, head, position = locate(seq_lens, n_heads, T)
     codes += head * W * N * BLOCK_SIZE
     scores += row * GROUP * score_stride
