@@ -41,10 +41,16 @@ COMPARE = "flex-tls eval compare out/texts --documents 24 --context-tokens 7168 
 def write_report(results: Path, out: Path) -> list[Path]:
     """Write the report and the pictures beside it, ``out``'s name their folder; returns what was written.
 
-    Rows of several runs may lie in several files ``accuracy*.jsonl``. A section without rows says which command
+    Rows of several runs may lie in several files ``accuracy*.jsonl``: what a device measured again counts once, as it
+    was measured last. A section without rows says which command
     measures it.
     """
-    found = [row for path in sorted(results.glob("accuracy*.jsonl")) for row in evaluation.read(path)]
+    rows = [row for path in sorted(results.glob("accuracy*.jsonl")) for row in evaluation.read(path)]
+    newest: dict[tuple[object, str], Row] = {}
+    for row in rows:
+        before = newest.setdefault((row.key, row.device), row)
+        newest[row.key, row.device] = max(before, row, key=lambda row: row.date)
+    found = list(newest.values())
     pictures = out.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     text = "\n".join(_sections(found, pictures, out.parent, results))
@@ -131,8 +137,11 @@ def _accuracy(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
 def _compared(method: str) -> bool:
     """Whether it is ours or the oracle, but for what the choice of defaults is between."""
     kind, *changes = method.split(":")
+    # One width of labels or another is the frontier's and the ablation's to show
+    if any(change.startswith("label_bits=") and "+" not in change for change in changes):
+        return False
     return kind in (BASE, "oracle") and {change.split("=")[0] for change in changes} <= {
-        "block_size", "block_reduce", "block_budget", "label_dims",
+        "block_size", "block_reduce", "block_budget", "label_dims", "label_bits",
     }  # fmt: skip
 
 
@@ -170,7 +179,7 @@ def _targets(found: Sequence[Row]) -> Iterator[str]:
             if x.config is not None and (x.config["block_budget"], x.config["token_budget"]) == pair
             and x.context_tokens == line.context_tokens
         ]  # fmt: skip
-        oracle = re.sub(":label_dims=[0-9]+", "", "oracle" + line.method.removeprefix(BASE))
+        oracle = re.sub(":label_(dims|bits)=[0-9+]+", "", "oracle" + line.method.removeprefix(BASE))
         others = {x.method: x for x in beside}
         over = _interval(kl_ratio(found, line, others[oracle]), 2) if oracle in others else ""
         rival = others.get("quest_double_sparsity")

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +88,11 @@ def test_a_report_has_every_section_with_rows_and_the_command_of_every_other(tmp
         assert path.stat().st_size > 5000
     assert "`quest_double_sparsity`" in text
     assert "3: 82.5%" in text or "2: 85.0%" in text
+    # Measured before, with another result: the same report
+    again = [replace(row, date="2001-01-01", kl=9.0) for row in ppl_rows("comparison")]
+    rows.append(tmp_path / "accuracy-older.jsonl", again)
+    write_report(tmp_path, out)
+    assert out.read_text(encoding="utf-8") == text
 
 
 def test_without_rows_a_report_says_how_to_get_them(tmp_path: Path) -> None:
