@@ -31,6 +31,8 @@ def test_the_compiled_step_generates_the_same_over_a_pool(
 ) -> None:
     """(28, 9) begins with contexts that the budgets hold, and its pool is cold."""
     pytest.importorskip("triton")
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("triton compiles for the GPU here, and interprets nothing")
     model = make("qwen3").to(device)
     inputs = {name: x.to(device) for name, x in prompts(*lens).items()}
     found = []
