@@ -88,3 +88,16 @@ def test_errors_say_what_to_do() -> None:
         tls.explain(make("qwen3"), cache)
     with pytest.raises(ValueError, match=r"context_tokens: expected 1 to 160, the cache's max_len, got 161"):
         tls.explain(make("llama"), cache, context_tokens=161)
+
+
+@pytest.mark.parametrize(("policy", "last"), [("async", "two_level"), ("exact", "attend_arrived")])
+def test_what_a_step_over_a_pool_runs(policy: Any, last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(explanation, "why_not_compiled", lambda *_: None)
+    model = make("qwen3")
+    cache = cache_for(model, offload=tls.OffloadConfig(policy=policy))
+    kernels = [plan.kernels for plan in tls.explain(model, cache, context_tokens=90).plans if plan.sparse]
+    assert kernels
+    for each in kernels:
+        assert each[:4] == ("append", "two_level", "plan_residency", "fetch_blocks")
+        assert each[-1] == last
