@@ -18,7 +18,7 @@ from .offload import DevicePool
 
 
 class Chosen(NamedTuple):
-    """What :func:`choose_blocks` leaves for :func:`attend_chosen`: R = B * HKV * T rows.
+    """What :func:`choose_blocks` leaves for the others: R = B * HKV * T rows.
 
     Attributes:
         asked, base, unit, norms: the query in label space and level 1's softmax; see ``kernels/two_level.py``.

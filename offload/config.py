@@ -35,7 +35,8 @@ class OffloadConfig:
             a float32 scale for each token's key and one for its value; 2 * D + 8 bytes a token and KV head, about half
             of a 16-bit dtype's, on the host, on the way and in the pool. Costs an error of up to 1/254 of a key's or
             value's largest magnitude. They are rounded so when they are written, before anything reads them, a prompt's
-            own attention included: results depend neither on which blocks are on the device nor on a prompt's chunks.
+            own attention included: what they become depends neither on which blocks are on the device nor on a
+            prompt's chunks.
             The compiled step reads 8 bits as they are; an eager one first makes a copy of its layer's pool in the
             model's dtype.
     """

@@ -54,8 +54,9 @@ class LayerOffload:
     policy would find next to nothing. A slot is never dirty: what is appended to the pool goes to the store in the
     same step.
 
-    Order, for each step: :meth:`join`, :meth:`append`, :meth:`step`, attention over the pool. In a captured step the
-    join comes once, after the last layer, for all of them.
+    Order, for each step: :meth:`join`, :meth:`append`, :meth:`step`, attention over the pool. In a captured step
+    :meth:`traced_step` takes its place, :meth:`traced_arrival` follows where rows may wait, and the join comes once,
+    after the last layer, for all of them.
 
     Args:
         store: host rows.

@@ -1,9 +1,9 @@
 """Plan, transfers and join as operators that ``torch.compile`` traces and a CUDA graph captures.
 
-Stream: one for each device, on which all transfers run in the order of their starts, first those that somebody waits
-for; it is forked from the current stream by every start and joined by :func:`join_transfers`. Ownership: all tensors
-but ``ids``, ``scores``, ``start`` and ``seq_lens`` belong to an engine and keep their addresses; the side stream reads
-none of those four.
+Streams: two for each device, on which transfers run in the order of their starts, what rows wait for on the one and all
+else on the other. Every start forks them from the current stream; :func:`await_arrival` joins what the last one's rows
+wait for, :func:`join_transfers` everything. Ownership: all tensors but ``ids``, ``scores``, ``start`` and ``seq_lens``
+belong to an engine and keep their addresses; the transfers read none of those four.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from .pool import DevicePool
 from .residency import check_room, open_blocks
 from .store import HostStore
-from .transfers import mark_arrival, side_stream, wait_for_arrival
+from .transfers import side_stream, urgent_stream
 
 _TABLES = (
     "slot_of_block", "block_of_slot", "last_used", "arrived", "clock", "begins", "lens", "fetch_block", "fetch_slot",
@@ -42,13 +42,13 @@ def plan(
 
 
 def transfer(store: HostStore, pool: DevicePool, *, n_written: int, n_programs: int, may_wait: bool) -> None:
-    """Start what the last plan listed; see :class:`.transfers.Transfers`."""
+    """Start what the last plan listed. With ``may_wait`` what rows wait for is there after :func:`arrive`."""
     lists = (getattr(pool, name) for name in _LISTS)
     transfer_blocks(store.rows, store.scales, pool.slots, pool.scales, *lists, n_written, n_programs, may_wait)
 
 
 def arrive(pool: DevicePool) -> None:
-    """The current stream goes on after what rows wait for, of the last :func:`transfer` with ``may_wait``."""
+    """The current stream goes on after what rows wait for, of every :func:`transfer` with ``may_wait`` so far."""
     await_arrival(pool.slots)
 
 
@@ -93,7 +93,7 @@ def transfer_blocks(
     begins: Tensor, lens: Tensor, fetch_block: Tensor, fetch_slot: Tensor, fetch_count: Tensor, waits: Tensor,
     n_written: int, n_programs: int, may_wait: bool,
 ) -> None:  # fmt: skip
-    """:func:`flex_tls.kernels.fetch_blocks.launch_fetch_blocks` on the side stream, first where rows wait."""
+    """:func:`flex_tls.kernels.fetch_blocks.launch_fetch_blocks`, first for rows that wait, on streams of their own."""
     from ..kernels.fetch_blocks import launch_fetch_blocks
 
     parts = (rows, scales, slots, slot_scales)
@@ -107,10 +107,14 @@ def transfer_blocks(
     side = side_stream(slots.device)
     with torch.cuda.device_of(slots):  # type: ignore[no-untyped-call,unused-ignore]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            if may_wait:
+        if may_wait:
+            urgent = urgent_stream(slots.device)
+            urgent.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(urgent):
                 launch_fetch_blocks(*parts, *lists, n_written=0, n_programs=n_programs, waiting=True)
-                mark_arrival(slots.device)
+            # Nobody waits for the rest: it leaves the link to these. And whoever joins the one stream joins both
+            side.wait_stream(urgent)
+        with torch.cuda.stream(side):
             launch_fetch_blocks(*parts, *lists, n_written=n_written, n_programs=n_programs, waiting=False)
 
 
@@ -140,7 +144,7 @@ def _(slots: Tensor) -> None:
 def await_arrival(slots: Tensor) -> None:
     """The current stream waits for the blocks that rows wait for; nothing on a CPU."""
     if slots.is_cuda:
-        wait_for_arrival(slots.device)
+        torch.cuda.current_stream(slots.device).wait_stream(urgent_stream(slots.device))
 
 
 @await_arrival.register_fake
@@ -149,7 +153,7 @@ def _(slots: Tensor) -> None:
 
 
 class KernelTransfers:
-    """By one kernel on ``n_programs`` programs, beside the step on the side stream; nothing waits on the host.
+    """By one kernel on ``n_programs`` programs, beside the step; nothing waits on the host.
 
     On a CPU, for tests, the kernel is interpreted and all is done at once.
     """

@@ -1,7 +1,8 @@
-"""What moves blocks between host store and pool: at once where a step waits, beside the step where it does not.
+"""What moves blocks between host store and pool, beside the step; a step that waits goes on when they are there.
 
 Every way has the same three methods. Between :meth:`start` and :meth:`join` the slots of ``pool.fetch_slot`` and the
 host's rows of the step's own tokens belong to the transfers; nobody else may read or write them, nor the pool's lists.
+Only rows that wait may read their slots when :meth:`start` has returned.
 """
 
 from __future__ import annotations
@@ -84,29 +85,26 @@ class CopyTransfers:
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of a device on which all transfers of all caches run, in the order of their starts."""
+    """The stream of a device on which all transfers of all caches run, in the order of their starts.
+
+    All but those that somebody waits for: these have the :func:`urgent_stream`.
+    """
+    return _stream(_number(device), "side")
+
+
+def urgent_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device for what somebody waits for, past all that other layers' starts have queued."""
+    return _stream(_number(device), "urgent")
+
+
+def _number(device: torch.device) -> int:
     # "cuda" and "cuda:0" are one device
-    return _side_stream(torch.cuda.current_device() if device.index is None else device.index)
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @cache
-def _side_stream(device_index: int) -> torch.cuda.Stream:
+def _stream(device_index: int, purpose: str) -> torch.cuda.Stream:
     return torch.cuda.Stream(device_index)  # type: ignore[no-untyped-call,unused-ignore]
-
-
-def mark_arrival(device: torch.device) -> None:
-    """What the side stream has been given so far is what :func:`wait_for_arrival` waits for."""
-    side = side_stream(device)
-    _arrivals[side.device_index] = side.record_event()
-
-
-def wait_for_arrival(device: torch.device) -> None:
-    """The current stream goes on after what was marked last; the side stream does not wait for it."""
-    torch.cuda.current_stream(device).wait_event(_arrivals[side_stream(device).device_index])
-
-
-# Of each device: events between two halves of a step, so that a captured step holds its own
-_arrivals: dict[int, torch.cuda.Event] = {}
 
 
 def fetch(store: HostStore, pool: DevicePool, rows: Tensor) -> None:
