@@ -128,7 +128,10 @@ def print_plan(plan: Plan, console: Console) -> None:
 def _step_ms(
     cache: TLSCache, weight_bytes: int, context: int, missing: float, read_rate: float, link_rate: float
 ) -> float:
-    """Bytes over rates: weights, labels, and what is attended to; fetches beside that, or, ``exact``, before it."""
+    """Bytes over rates: weights, labels, and what is attended to; fetches beside that, or, ``exact``, added to it.
+
+    Of an exact step's fetches a layer's own attention hides some, which is left out.
+    """
     cfg, shape = cache.cfg, cache.shape
     n_sparse = sum(not cfg.is_dense(i) for i in range(shape.n_layers))
     away, heads = cache.offload_config, shape.n_kv_heads * cache.batch_size
