@@ -72,6 +72,7 @@ def measure(
                     "block_budget": cfg.block_budget, "token_budget": cfg.token_budget,
                     "hit_rate": mean("hit_rate"), "worst_hit_rate": min(x.hit_rate for x in stats),
                     "missing_mass": mean("missing_mass"), "waits": mean("waits"),
+                    "stall_us": mean("stall_us"),
                     "kl_to_no_offload": _kl(truth, logits), "kl_dense_to_this": _kl(whole, logits),
                     "kl_dense_to_no_offload": _kl(whole, truth),
                     "agreement": float((truth.argmax(-1) == logits.argmax(-1)).float().mean()),

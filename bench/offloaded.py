@@ -81,11 +81,12 @@ def traced_step(model: Any, cache: tls.TLSCache) -> Callable[[], object]:
 
 
 def offload_figures(cache: tls.TLSCache) -> dict[str, float]:
-    """What the engines counted since the pools were warm; rates are means over layers, bytes in are of one step."""
+    """What the engines counted since the pools were warm; rates are means over layers, stalls and bytes of one step."""
     stats = list(cache.stats().values())
     return {
         "hit_rate": sum(s.hit_rate for s in stats) / len(stats),
         "fetched_bytes": sum(s.bytes_in for s in stats) / stats[0].steps,
+        "stall_us": sum(s.stall_us for s in stats),
         "host_bytes": sum(s.host_bytes for s in stats),
         "pool_bytes": sum(s.pool_bytes for s in stats),
     }

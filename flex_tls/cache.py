@@ -271,7 +271,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     def counters(self) -> list[Tensor]:
         """What :meth:`stats` reads, on the device."""
         pools = [layer.opened().pool for layer in self.offloaded_layers]
-        return [counter for pool in pools for counter in (pool.counters, pool.missing_mass)]
+        return [counter for pool in pools for counter in (pool.counters, pool.missing_mass, pool.stalled)]
 
     def stats(self) -> dict[int, LayerStats]:
         """What the offload engine of each offloaded layer did since the cache was made or reset. Synchronises."""

@@ -20,6 +20,8 @@ from .paged import WHY_NOT_PAGED
 
 # Files of flex_tls.kernels
 APPEND, FUSED, ATTEND_ALL, ATTEND_ARRIVED = "append", "two_level", "attend", "attend_arrived"
+# Before a wait and after it
+STAMP = "stamp"
 # Between the two levels of a layer that is offloaded: slots for blocks, and the blocks
 OFFLOAD = ("plan_residency", "fetch_blocks")
 
@@ -183,7 +185,7 @@ def _plan(layer: TLSLayer, cache: TLSCache, context: int, device: torch.device, 
         # A context that the budgets hold is selected whole
         kernels = (APPEND, FUSED, *OFFLOAD, FUSED)
         if cache.offload_config is not None and cache.offload_config.may_wait:
-            kernels += (ATTEND_ARRIVED,)
+            kernels += (STAMP, STAMP, ATTEND_ARRIVED)
     return LayerPlan(
         (layer.layer_idx,), sparse, why, cfg.held_tokens if sparse else reach, runs, kernels if compiled else ()
     )

@@ -28,6 +28,7 @@ class LayerStats:
         hit_rate: share of the selected blocks that were on the device when their step began.
         missing_mass: share of the selected blocks' estimated attention mass that was not, mean over steps.
         waits: share of steps that waited for missing blocks, mean over rows and KV heads.
+        stall_us: microseconds that attention waited for blocks, mean over steps; 0 where the policy never waits.
         bytes_in, bytes_out: host to device and back.
         pool_slots, used_slots: of all rows and KV heads.
         pool_bytes, host_bytes: of slots and tables, and of the host store.
@@ -37,6 +38,7 @@ class LayerStats:
     hit_rate: float
     missing_mass: float
     waits: float
+    stall_us: float
     bytes_in: int
     bytes_out: int
     pool_slots: int
@@ -111,8 +113,9 @@ class LayerOffload:
         """Give the next tokens of rows of ``seq_lens`` int64 [B] their slots, and wait for what their blocks hold."""
         self.transfers.join()
         none = torch.empty(*self.pool.slots.shape[:2], 0, dtype=torch.int32, device=seq_lens.device)
-        self._plan(none, None, seq_lens, seq_lens, -1.0, resident_too=False)
-        self.transfers.start(self.store, self.pool, 0, may_wait=True)
+        with self.uncounted():
+            self._plan(none, None, seq_lens, seq_lens, -1.0, resident_too=False)
+            self.transfers.start(self.store, self.pool, 0, may_wait=True)
         self.transfers.join()
         self.is_open = True
 
@@ -240,7 +243,7 @@ class LayerOffload:
     def uncounted(self) -> Iterator[None]:
         """Steps inside move bytes, which count, and select nothing that does."""
         pool = self.pool
-        before, mass = pool.counters.clone(), pool.missing_mass.clone()
+        before, mass, stalled = pool.counters.clone(), pool.missing_mass.clone(), pool.stalled.clone()
         try:
             yield
         finally:
@@ -248,6 +251,7 @@ class LayerOffload:
             before[..., fetched] = pool.counters[..., fetched]
             pool.counters.copy_(before)
             pool.missing_mass.copy_(mass)
+            pool.stalled.copy_(stalled)
 
     def check_integrity(self) -> None:
         """See :meth:`.pool.DevicePool.check_integrity`."""
@@ -264,6 +268,7 @@ class LayerOffload:
             hit_rate=1.0 - missing / selected if selected else float("nan"),
             missing_mass=float(pool.missing_mass.sum()) / steps if steps else float("nan"),
             waits=waits / steps if steps else float("nan"),
+            stall_us=float(pool.stalled.sum()) / steps / 1000 if steps else float("nan"),
             bytes_in=fetched * self.store.block_bytes,
             bytes_out=written * token_bytes + self._chunk_bytes_out,
             pool_slots=pool.block_of_slot.numel(),

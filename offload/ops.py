@@ -48,8 +48,11 @@ def transfer(store: HostStore, pool: DevicePool, *, n_written: int, n_programs: 
 
 
 def arrive(pool: DevicePool) -> None:
-    """The current stream goes on after what rows wait for, of every :func:`transfer` with ``may_wait`` so far."""
-    await_arrival(pool.slots)
+    """The current stream goes on after what rows wait for, of every :func:`transfer` with ``may_wait`` so far.
+
+    What that took is added to ``pool.stalled``.
+    """
+    await_arrival(pool.slots, pool.stalled)
 
 
 def join(pool: DevicePool) -> None:
@@ -140,15 +143,20 @@ def _(slots: Tensor) -> None:
     return None
 
 
-@torch.library.custom_op("flex_tls::await_arrival", mutates_args=("slots",))
-def await_arrival(slots: Tensor) -> None:
-    """The current stream waits for the blocks that rows wait for; nothing on a CPU."""
+@torch.library.custom_op("flex_tls::await_arrival", mutates_args=("slots", "stalled"))
+def await_arrival(slots: Tensor, stalled: Tensor) -> None:
+    """The current stream waits for the blocks that rows wait for, and measures how long; nothing on a CPU."""
+    from ..kernels.stamp import launch_stamp
+
     if slots.is_cuda:
-        torch.cuda.current_stream(slots.device).wait_stream(urgent_stream(slots.device))
+        with torch.cuda.device_of(slots):  # type: ignore[no-untyped-call,unused-ignore]
+            launch_stamp(stalled, after=False)
+            torch.cuda.current_stream(slots.device).wait_stream(urgent_stream(slots.device))
+            launch_stamp(stalled, after=True)
 
 
 @await_arrival.register_fake
-def _(slots: Tensor) -> None:
+def _(slots: Tensor, stalled: Tensor) -> None:
     return None
 
 

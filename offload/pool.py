@@ -33,6 +33,7 @@ class DevicePool(Blocks):
         counters: int64 [B, HKV, 6], sums: steps that selected, selected blocks, those that were missing, fetched
             blocks, steps that waited for missing ones, tokens written.
         missing_mass: float64 [B, HKV], sum over steps of the missing share of the selected blocks' estimated mass.
+        stalled: int64 [B, HKV], nanoseconds that attention waited for blocks; rows and heads wait for one another.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class DevicePool(Blocks):
         self.fetch_count, self.waits = ints(b, h), ints(b, h)
         self.counters = ints(b, h, len(COUNTERS), dtype=torch.int64)
         self.missing_mass = torch.zeros(b, h, dtype=torch.float64, device=device)
+        self.stalled = ints(b, h, dtype=torch.int64)
 
     @property
     def n_blocks(self) -> int:
@@ -124,6 +126,7 @@ class DevicePool(Blocks):
         """Count anew."""
         self.counters.zero_()
         self.missing_mass.zero_()
+        self.stalled.zero_()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks and slots are a bijection and every number is in range. Synchronises."""

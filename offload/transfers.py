@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from time import perf_counter_ns
 from typing import Protocol
 
 import torch
@@ -47,7 +48,9 @@ class QueuedTransfers:
             raise RuntimeError("transfers: expected a join before the next start, got an earlier step's transfers")
         waits = pool.waits.bool()
         if may_wait:
+            began = perf_counter_ns()
             fetch(store, pool, waits)
+            pool.stalled += perf_counter_ns() - began
         if n_written:
             self.queue.append(lambda: write_through(store, pool, n_written))
         for head in range(pool.waits.shape[1]):
@@ -66,7 +69,10 @@ class QueuedTransfers:
 
 
 class CopyTransfers:
-    """A copy a block, on a side stream, from a list that is read on the host: each step waits for the device."""
+    """A copy a block, on a side stream, from a list that is read on the host: each step waits for the device.
+
+    Its stall is the host's time, which is the device's here.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.side = side_stream(device)
@@ -74,7 +80,10 @@ class CopyTransfers:
     def start(self, store: HostStore, pool: DevicePool, n_written: int, may_wait: bool) -> None:
         now = pool.waits.bool()
         if may_wait:
+            began = perf_counter_ns()
             _copy_blocks(store, pool, now)
+            torch.cuda.current_stream(pool.slots.device).synchronize()
+            pool.stalled += perf_counter_ns() - began
         self.side.wait_stream(torch.cuda.current_stream(pool.slots.device))
         with torch.cuda.stream(self.side):
             _copy_blocks(store, pool, ~now)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flex_tls.kernels.ask import ask
-from flex_tls.kernels.follow import precede
+from flex_tls.kernels.follow import follow, precede
 from flex_tls.kernels.labels import parts_before, places_of
 from flex_tls.kernels.rows import locate
 from flex_tls.kernels.tiles import NATIVE, padded
@@ -21,6 +21,7 @@ def ask_rows(
     GP: tl.constexpr, PLACES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program (0, row)."""
+    follow(NATIVE)
     precede(NATIVE)
     row, head, _ = locate(seq_lens, n_heads, T)
     ask(q, to_query, low, step, asked, base, unit, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
@@ -43,5 +44,6 @@ def launch_ask(
         hkv, t, filter_dims,
         D=d, DP=padded(d, 16), C=c, W=len(bits), BITS=bits, GROUP=group, GP=padded(group),
         PLACES=max(16, padded(len(bits)) * places_of(bits)), NATIVE=NATIVE, num_warps=4,
+        launch_pdl=NATIVE,
     )  # fmt: skip
     return asked, base, unit

@@ -36,8 +36,8 @@ def rank_labels(
 
     LISTED: the blocks are those of ``blocks`` [n], and their tokens are kept; else all blocks, and blocks are kept.
     """
-    precede(NATIVE)
     follow(NATIVE)
+    precede(NATIVE)
     row, _, _ = locate(seq_lens, n_heads, 1)
     codes += row * W * S
     keys += row * key_stride

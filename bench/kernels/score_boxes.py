@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_tls.kernels.follow import precede
+from flex_tls.kernels.follow import follow, precede
 from flex_tls.kernels.keep_best import make_key
 from flex_tls.kernels.tiles import NATIVE, n_processors, padded
 
@@ -25,6 +25,7 @@ def score_boxes(
     PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, row) scores TILES times PER blocks; the row's last program chooses."""
+    follow(NATIVE)
     precede(NATIVE)
     row = tl.program_id(1).to(tl.int64)
     g = tl.arange(0, ROWS)
@@ -70,5 +71,6 @@ def launch_score_boxes(
         D=d, DP=padded(d, 16), GROUP=group, ROWS=padded(group, 16), BLOCK_SIZE=block_size, PER=TILE, TILES=tiles,
         BN=chunk, CHUNKS=chunks, KP=padded(kept),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", NATIVE=NATIVE, num_warps=4, num_stages=3,
+        launch_pdl=NATIVE,
     )  # fmt: skip
     return ids, counts

@@ -111,7 +111,7 @@ def print_comparison(result: Comparison, console: Console) -> None:
 
 def print_offload(stats: dict[int, LayerStats], console: Console, *, layers: bool) -> None:
     """What the offload engine did: all layers together and, with ``layers``, each."""
-    names = ("layer", "hits", "missing mass", "waits", "in per step", "out per step", "slots used")
+    names = ("layer", "hits", "missing mass", "waits", "stall per step", "in per step", "out per step", "slots used")
     table = Table(title="keys and values in host memory", title_justify="left", box=SIMPLE_HEAD)
     for name in names:
         table.add_column(name, justify="right")
@@ -133,6 +133,7 @@ def _offload_cells(stats: Sequence[LayerStats]) -> tuple[str, ...]:
         f"{sum(x.hit_rate for x in stats) / n:.1%}",
         f"{sum(x.missing_mass for x in stats) / n:.2%}",
         f"{sum(x.waits for x in stats) / n:.1%}",
+        f"{sum(x.stall_us for x in stats) / n:.0f} us",
         megabytes(sum(x.bytes_in for x in stats) / n / steps),
         megabytes(sum(x.bytes_out for x in stats) / n / steps),
         f"{sum(x.used_slots for x in stats) / sum(x.pool_slots for x in stats):.0%}",

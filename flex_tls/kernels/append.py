@@ -22,8 +22,8 @@ def append(
     LABELS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program ``row`` writes one token of one KV head."""
-    precede(NATIVE)
     follow(NATIVE)
+    precede(NATIVE)
     row = tl.program_id(0).to(tl.int64)
     head, t = row // T, row % T
     b, h = head // n_heads, head % n_heads

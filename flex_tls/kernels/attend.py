@@ -185,8 +185,8 @@ def attend(
     PP: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, row) attends to entries ``i * per_program`` and on of the row's list; the last program merges."""
-    precede(NATIVE)
     follow(NATIVE)
+    precede(NATIVE)
     row, head, position = locate(seq_lens, n_heads, T)
     if MODE == "all":
         # What the row holds is shared, not what the cache has room for

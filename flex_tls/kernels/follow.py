@@ -1,4 +1,8 @@
-"""Launches that overlap: a kernel is set up while the one before it still runs (programmatic dependent launch)."""
+"""Launches that overlap: a kernel is set up while the one before it still runs (programmatic dependent launch).
+
+First :func:`follow`, then :func:`precede`: the other way round three launches are under way at once, and programs of
+the third take whatever room they find, two on one processor and none on another (docs/design.md, section 8).
+"""
 
 from __future__ import annotations
 

@@ -78,7 +78,8 @@ def test_a_backend_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_kernels_that_are_named_exist() -> None:
-    for name in {explanation.FUSED, *explanation.OFFLOAD, explanation.APPEND, explanation.ATTEND_ALL}:
+    ours = (explanation.FUSED, *explanation.OFFLOAD, explanation.APPEND, explanation.ATTEND_ALL)
+    for name in {*ours, explanation.STAMP, explanation.ATTEND_ARRIVED}:
         assert importlib.util.find_spec(f"flex_tls.kernels.{name}") is not None, name
 
 

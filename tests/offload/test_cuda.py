@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from flex_tls.offload import DevicePool, HostStore, LayerOffload, OffloadConfig, RowReader, make_transfers, ops
-from flex_tls.offload.transfers import side_stream
+from flex_tls.offload.transfers import side_stream, urgent_stream
 from torch import Tensor
 
 import flex_tls as tls
@@ -132,22 +132,32 @@ def test_a_captured_step_does_what_an_eager_one_does(policy: Any, store_dtype: A
     assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
     assert not torch.stack(got).isnan().any()
     step.layer.check_integrity()
-    assert step.layer.stats().hit_rate < 1.0
+    stats = step.layer.stats()
+    assert stats.hit_rate < 1.0
+    # Blocks cross the link; rows that wait stall their layer, by some microseconds at least
+    assert stats.stall_us > 1.0 if config.may_wait else stats.stall_us == 0.0
 
 
-def test_slow_transfers_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tens of milliseconds on the side stream before every transfer."""
-    want = eager(Step(engine(OffloadConfig())), 12)
+@pytest.mark.parametrize("policy", ["async", "exact"])
+def test_slow_transfers_change_nothing_but_how_long_a_step_waits(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tens of milliseconds before every transfer, on the stream whose blocks a step may wait for or the other."""
+    config = OffloadConfig(policy=policy)
+    want = eager(Step(engine(config)), 12)
     launch = ops.transfer_blocks
 
     def late(*arguments: Any) -> None:
-        with torch.cuda.stream(side_stream(DEVICE)):
+        stream = urgent_stream(DEVICE) if config.may_wait else side_stream(DEVICE)
+        with torch.cuda.stream(stream):
             torch.cuda._sleep(50_000_000)
         launch(*arguments)
 
+    step = Step(engine(config))
     monkeypatch.setattr(ops, "transfer_blocks", late)
-    got = eager(Step(engine(OffloadConfig())), 12)
+    got = eager(step, 12)
     assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+    stall_us = step.layer.stats().stall_us
+    # 50 million cycles at two and a half gigahertz at most
+    assert stall_us > 20_000 if config.may_wait else stall_us == 0.0
 
 
 @pytest.mark.parametrize("store_dtype", ["model", "int8"])

@@ -34,6 +34,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.lens = [0] * B
         self.models = {(b, h): Model(n_slots) for b in range(B) for h in range(HKV)}
         self.selected = self.missing = self.fetched = 0
+        self.has_waited = False
         self.generator = torch.Generator().manual_seed(0)
 
     def new(self, t: int) -> tuple[Tensor, Tensor]:
@@ -113,6 +114,7 @@ class EngineMachine(RuleBasedStateMachine):
             bound = {"exact": -1.0, "async": 2.0, "corrected": 0.3}["exact" if wait else self.config.policy]
             waits = lost > bound
             assert bool(self.pool.waits[b, h]) == waits
+            self.has_waited |= wait
             for i in range(t):
                 want = [x for x in each[i] if waits or x in before]
                 if self.config.attends_resident and not wait:
@@ -180,6 +182,11 @@ class EngineMachine(RuleBasedStateMachine):
         if hasattr(self, "engine"):
             counts = self.pool.counters.sum((0, 1)).tolist()
             assert counts[1:4] == [self.selected, self.missing, self.fetched]
+
+    @invariant()
+    def who_never_waits_is_never_stalled(self) -> None:
+        if hasattr(self, "engine") and not self.has_waited:
+            assert self.config.may_wait or not bool(self.pool.stalled.any())
 
     def teardown(self) -> None:
         """After the last join the store holds every token."""
