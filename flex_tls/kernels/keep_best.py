@@ -1,7 +1,7 @@
 """The k best of a row's candidates, exactly, ties to the lower place.
 
 A candidate's key is 16 bits that order as float16 numbers do, -inf for what is never chosen, +inf for what always is.
-No sort: the k-th largest key is searched by counting, three thresholds a round, two keys an instruction, some six
+No sort: the k-th largest key is searched by counting, two thresholds a round, two keys an instruction, some seven
 rounds. What is chosen becomes bits, a row of up to 32 candidates to a word; a place in the list is a count of bits.
 
 Candidates are taken BN at a time, two keys to a word, the lower one in the lower half. Those of the first chunk stay in
@@ -73,42 +73,36 @@ def _each(words, threshold):
 
 
 @triton.jit
-def _both(a, b, more_a, more_b):
-    return a + more_a, b + more_b
+def _count(words, low, high, NATIVE: tl.constexpr):
+    """How many keys of a chunk, fewer than 2**15, reach each of two thresholds: ``low``'s + ``high``'s << 16.
 
-
-@triton.jit
-def _count(words, low, middle, high, NATIVE: tl.constexpr):
-    """How many keys of a chunk reach each threshold, fewer than 2**15: (``low`` + ``middle`` << 16, ``high``)."""
+    In one integer: a sum of those crosses a warp in one instruction (redux), a pair of sums takes ten shuffles.
+    """
     if NATIVE:
         # Four words at once. Half-precision counters that begin at 1024: their lowest bits are the count
-        some, more = tl.inline_asm_elementwise(
+        some = tl.inline_asm_elementwise(
             """{
-            .reg .b32 a, b, c, t;
-            mov.b32 a, 0x64006400; mov.b32 b, a; mov.b32 c, a;
-            set.ge.f16x2.f16x2 t, $8, $12; add.f16x2 a, a, t;
-            set.ge.f16x2.f16x2 t, $8, $16; add.f16x2 b, b, t;
-            set.ge.f16x2.f16x2 t, $8, $20; add.f16x2 c, c, t;
-            set.ge.f16x2.f16x2 t, $9, $12; add.f16x2 a, a, t;
-            set.ge.f16x2.f16x2 t, $9, $16; add.f16x2 b, b, t;
-            set.ge.f16x2.f16x2 t, $9, $20; add.f16x2 c, c, t;
-            set.ge.f16x2.f16x2 t, $10, $12; add.f16x2 a, a, t;
-            set.ge.f16x2.f16x2 t, $10, $16; add.f16x2 b, b, t;
-            set.ge.f16x2.f16x2 t, $10, $20; add.f16x2 c, c, t;
-            set.ge.f16x2.f16x2 t, $11, $12; add.f16x2 a, a, t;
-            set.ge.f16x2.f16x2 t, $11, $16; add.f16x2 b, b, t;
-            set.ge.f16x2.f16x2 t, $11, $20; add.f16x2 c, c, t;
+            .reg .b32 a, b, t;
+            mov.b32 a, 0x64006400; mov.b32 b, a;
+            set.ge.f16x2.f16x2 t, $4, $8; add.f16x2 a, a, t;
+            set.ge.f16x2.f16x2 t, $4, $12; add.f16x2 b, b, t;
+            set.ge.f16x2.f16x2 t, $5, $8; add.f16x2 a, a, t;
+            set.ge.f16x2.f16x2 t, $5, $12; add.f16x2 b, b, t;
+            set.ge.f16x2.f16x2 t, $6, $8; add.f16x2 a, a, t;
+            set.ge.f16x2.f16x2 t, $6, $12; add.f16x2 b, b, t;
+            set.ge.f16x2.f16x2 t, $7, $8; add.f16x2 a, a, t;
+            set.ge.f16x2.f16x2 t, $7, $12; add.f16x2 b, b, t;
             and.b32 a, a, 0x00FF00FF; shr.u32 t, a, 16; add.u32 a, a, t; and.b32 a, a, 0xFF;
             and.b32 b, b, 0x00FF00FF; shl.b32 t, b, 16; add.u32 b, b, t; and.b32 b, b, 0x00FF0000;
-            and.b32 c, c, 0x00FF00FF; shr.u32 t, c, 16; add.u32 c, c, t; and.b32 $4, c, 0xFF;
             or.b32 $0, a, b;
-            mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; mov.b32 $5, 0; mov.b32 $6, 0; mov.b32 $7, 0;
+            mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
             }""",
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [words, _twice(low), _twice(middle), _twice(high)], dtype=(tl.int32, tl.int32), is_pure=True, pack=4,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [words, _twice(low), _twice(high)], dtype=tl.int32, is_pure=True, pack=4,
         )  # fmt: skip
-        return tl.reduce((some, more), 0, _both)
-    return tl.reduce((_each(words, low) + (_each(words, middle) << 16), _each(words, high)), 0, _both)
+    else:
+        some = _each(words, low) + (_each(words, high) << 16)
+    return tl.sum(some, 0)
 
 
 @triton.jit
@@ -123,22 +117,21 @@ def find_edge(words, more_words, n, k,
     beyond = tl.full((), ALWAYS, tl.int32)
     reached = tl.full((), MANY, tl.int32)
     above = tl.full((), 0, tl.int32)
-    # Where edges lie: shares of attention between 2^-24 and 2^-8, scores between 1 and 16
-    low = tl.full((), 0x3380 if POSITIVE else 0x3C00, tl.int32)
-    middle = tl.full((), 0x3780 if POSITIVE else 0x4400, tl.int32)
-    high = tl.full((), 0x3B80 if POSITIVE else 0x4C00, tl.int32)
+    # Where edges lie: shares of attention between 2^-20 and 2^-10, scores between 1 and 16
+    low = tl.full((), 0x3580 if POSITIVE else 0x3C00, tl.int32)
+    high = tl.full((), 0x3A80 if POSITIVE else 0x4C00, tl.int32)
     while (reached != k) & (beyond > edge + 1):
-        some, n_high = _count(words, low, middle, high, NATIVE)
-        n_low, n_middle = some & 0xFFFF, some >> 16
+        some = _count(words, low, high, NATIVE)
+        n_low, n_high = some & 0xFFFF, some >> 16
         for chunk in range(1, CHUNKS):
-            some, more = _count(load_words(more_words, chunk, n, BN), low, middle, high, NATIVE)
-            n_low, n_middle, n_high = n_low + (some & 0xFFFF), n_middle + (some >> 16), n_high + more
-        above = tl.where(n_high >= k, above, tl.where(n_middle >= k, n_high, tl.where(n_low >= k, n_middle, n_low)))
-        beyond = tl.where(n_high >= k, beyond, tl.where(n_middle >= k, high, tl.where(n_low >= k, middle, low)))
-        reached = tl.where(n_high >= k, n_high, tl.where(n_middle >= k, n_middle, tl.where(n_low >= k, n_low, reached)))
-        edge = tl.where(n_high >= k, high, tl.where(n_middle >= k, middle, tl.where(n_low >= k, low, edge)))
-        middle = (edge + beyond) >> 1
-        low, high = (edge + middle) >> 1, (middle + beyond) >> 1
+            some = _count(load_words(more_words, chunk, n, BN), low, high, NATIVE)
+            n_low, n_high = n_low + (some & 0xFFFF), n_high + (some >> 16)
+        above = tl.where(n_high >= k, above, tl.where(n_low >= k, n_high, n_low))
+        beyond = tl.where(n_high >= k, beyond, tl.where(n_low >= k, high, low))
+        reached = tl.where(n_high >= k, n_high, tl.where(n_low >= k, n_low, reached))
+        edge = tl.where(n_high >= k, high, tl.where(n_low >= k, low, edge))
+        third = tl.maximum((beyond - edge) // 3, 1)
+        low, high = edge + third, beyond - third
     # A threshold at the lowest edge that fewer than k reach: all are wanted
     return edge, tl.where((reached == k) | (beyond == edge), MANY, k - above)
 
@@ -179,8 +172,22 @@ def _marks(words, edge, NATIVE: tl.constexpr):
 @triton.jit
 def _first_bits(word, n, NATIVE: tl.constexpr):
     """The lowest ``n`` set bits of each word; few words have more than n, which is at least 0, and some."""
-    extra = tl.where(n == 0, 0, tl.maximum(_ones(word, NATIVE) - n, 0))
     word = tl.where(n == 0, 0, word)
+    if NATIVE:
+        # A thread goes round as often as its own words have bits to lose
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred done; .reg .b32 word, ones, top;
+            mov.b32 word, $1; popc.b32 ones, word;
+            LOOP:
+            setp.le.s32 done, ones, $2; @done bra DONE;
+            bfind.u32 top, word; shl.b32 top, 1, top; xor.b32 word, word, top; sub.s32 ones, ones, 1; bra LOOP;
+            DONE:
+            mov.b32 $0, word;
+            }""",
+            "=&r,r,r", [word, n], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    extra = tl.maximum(_ones(word, NATIVE) - n, 0)
     for _ in range(tl.max(extra, 0)):
         below = word.to(tl.uint32, bitcast=True)
         below |= below >> 1
@@ -194,15 +201,32 @@ def _first_bits(word, n, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _scatter(pointers, value, mask, NATIVE: tl.constexpr):
-    """A masked store that stays in its layout: tl.store would move everything to one that it takes for coalesced."""
+def _write_bits(chosen, where, value, out, first, end, NATIVE: tl.constexpr):
+    """``value`` + each set bit's number to ``out`` at ``where`` and on, as far as that is from ``first`` to ``end``.
+
+    chosen, where and value int32 [rows]. Most rows have nothing there, and their threads nothing to do.
+    """
     if NATIVE:
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }", "=r,l,r,r",
-            [pointers, value, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+            """{
+            .reg .pred done, mine; .reg .b32 bits, place, bit; .reg .b64 at;
+            mov.b32 bits, $2; mov.b32 place, $3; popc.b32 bit, bits; add.s32 bit, bit, place;
+            setp.le.s32 done, bit, $5; @done bra DONE;
+            LOOP:
+            setp.eq.b32 done, bits, 0; @done bra DONE;
+            setp.ge.s32 done, place, $6; @done bra DONE;
+            brev.b32 bit, bits; bfind.shiftamt.u32 bit, bit; add.s32 bit, bit, $4;
+            setp.ge.s32 mine, place, $5; mad.wide.s32 at, place, 4, $1; @mine st.global.b32 [at], bit;
+            sub.s32 bit, bits, 1; and.b32 bits, bits, bit; add.s32 place, place, 1; bra LOOP;
+            DONE:
+            mov.b32 $0, 0;
+            }""",
+            "=&r,l,r,r,r,r,r", [out, chosen, where, value, first, end], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     else:
-        tl.store(pointers, value, mask)
+        for bit in tl.static_range(32):
+            place = where + _ones(chosen & ((1 << bit) - 1), NATIVE)
+            tl.store(out + place, value + bit, (((chosen >> bit) & 1) != 0) & (place >= first) & (place < end))
 
 
 @triton.jit
@@ -224,11 +248,7 @@ def _write_chunk(words, chunk, edge, ties, n_above, n_tied, blocks, out, n, firs
     if TOKENS:
         block = tl.load(blocks + start // BLOCK_SIZE, start < n, other=0, cache_modifier=".cg")
         value = block * BLOCK_SIZE + start % BLOCK_SIZE
-    for half in tl.static_range(2):
-        bit = i + half
-        place = where[:, None] + _ones(chosen[:, None] & ((1 << bit) - 1), NATIVE)
-        mine = (((chosen[:, None] >> bit) & 1) != 0) & (place >= first) & (place < end)
-        _scatter(out + place, value[:, None] + bit, mine, NATIVE)
+    _write_bits(chosen, where, value, out, first, end, NATIVE)
     total = tl.sum(count, 0)
     return n_above + (total & 0xFFFF), n_tied + (total >> 16)
 
