@@ -25,7 +25,7 @@ def ask_rows(
     precede(NATIVE)
     row, head, _ = locate(seq_lens, n_heads, T)
     ask(q, to_query, low, step, asked, base, unit, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
-        filter_dims, D, DP, C, W, BITS, GROUP, GP, PLACES)  # fmt: skip
+        filter_dims, D, DP, C, W, BITS, GROUP, GP, PLACES, NATIVE)  # fmt: skip
 
 
 def launch_ask(

@@ -6,25 +6,39 @@ import triton
 import triton.language as tl
 
 from .labels import locate_bytes, locate_channels, parts_before
+from .scatter import scatter
 
 
 @triton.jit
-def prefetch_projection(to_query, head, D: tl.constexpr, C: tl.constexpr):
-    """Let a head's projection come to the L2 cache, ahead of whatever is asked for next."""
+def prefetch(pointers):
+    """Let the lines that pointers are on come to the L2 cache: a hint, allowed before what is there is written."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def prefetch_ask(
+    q, to_query, low, step, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
+    D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr,
+):  # fmt: skip
+    """What :func:`ask` will read, ahead of whatever is asked for next."""
     LINES: tl.constexpr = triton.next_power_of_2((D * C + 31) // 32)
     # 32 numbers are a line of 128 bytes
-    place = tl.minimum(tl.arange(0, LINES) * 32, D * C - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [to_query + head * D * C + place], dtype=tl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
+    prefetch(to_query + head * D * C + tl.minimum(tl.arange(0, LINES) * 32, D * C - 1))
+    channel = head * C + tl.minimum(tl.arange(0, triton.next_power_of_2((C + 31) // 32)) * 32, C - 1)
+    prefetch(low + channel)
+    prefetch(step + channel)
+    g = tl.minimum(tl.arange(0, GP), GROUP - 1)[:, None]
+    q += head // n_heads * q_stride_b + head % n_heads * GROUP * q_stride_h + row % T * q_stride_t
+    prefetch(q + g * q_stride_h + tl.minimum(tl.arange(0, max(1, DP // 32)) * 32, D - 1)[None])
 
 
 @triton.jit
 def ask(
     q, to_query, low, step, asked, base, unit, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T, filter_dims,
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    GP: tl.constexpr, PLACES: tl.constexpr,
+    GP: tl.constexpr, PLACES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The query heads of one selection: asked int8 [R, G, parts, 4], base float32 [R, G, 2], unit float32 [R, G].
 
@@ -57,11 +71,23 @@ def ask(
         shift = channel * lows[None]
         channel = channel * steps[None]
         scale = tl.maximum(tl.max(tl.abs(channel), 1) / 127, 1e-30)
-        tl.store(unit + row * GROUP + g, scale, there)
+        # A number of each head is stored by its first place, and so where it is
+        one = there[:, None] & (place == 0)[None]
+        head_of = (row * GROUP + g)[:, None] + tl.zeros_like(place)[None]
+        scatter(unit + head_of, tl.broadcast_to(scale[:, None], channel.shape), one, NATIVE)
         rounded = tl.floor(channel / scale[:, None] + 0.5)
         shift += (channel - rounded * scale[:, None]) * middle[None]
-        entry = (row * GROUP + g) * 2
-        tl.store(base + entry, tl.sum(tl.where((c < filter_dims)[None], shift, 0.0), 1), there)
-        tl.store(base + entry + 1, tl.sum(shift, 1), there)
-        at = ((row * GROUP + g) * PARTS * 4)[:, None] + byte[None]
-        tl.store(asked + at, rounded.to(tl.int32).to(tl.int8), there[:, None] & in_word[None])
+        some, whole = tl.reduce((tl.where((c < filter_dims)[None], shift, 0.0), shift), 1, _add)
+        scatter(base + head_of * 2, tl.broadcast_to(some[:, None], channel.shape), one, NATIVE)
+        scatter(base + head_of * 2 + 1, tl.broadcast_to(whole[:, None], channel.shape), one, NATIVE)
+        scatter(
+            asked + head_of * PARTS * 4 + byte[None],
+            rounded.to(tl.int32).to(tl.int8),
+            there[:, None] & in_word[None],
+            NATIVE,
+        )
+
+
+@triton.jit
+def _add(a, b, more_a, more_b):
+    return a + more_a, b + more_b

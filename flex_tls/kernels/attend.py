@@ -10,6 +10,7 @@ from torch import Tensor
 from .follow import follow, precede
 from .int8 import dequantised
 from .rows import locate
+from .scatter import scatter
 from .tiles import NATIVE, Tiles, padded
 
 # Base-2 exponents: one multiplication less for each weight
@@ -94,21 +95,21 @@ def attend_range(
 
 
 @triton.jit
-def set_aside(acc, top, total, partial, partial_lse, entry,
-              D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def set_aside(acc, top, total, partial, partial_lse, entry, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
+              ROWS: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Part ``entry`` of a row's output and its log-sum-exp, for :func:`finish` to merge."""
-    g = tl.arange(0, ROWS)
-    d = tl.arange(0, DP)
-    inside = (g < GROUP)[:, None] & (d < D)[None]
+    g = tl.arange(0, ROWS)[:, None]
+    d = tl.arange(0, DP)[None]
     at = entry * GROUP + g
-    tl.store(partial + at[:, None] * D + d[None], acc / tl.maximum(total, 1e-37)[:, None], inside)
-    tl.store(partial_lse + at, _lse(top, total), g < GROUP)
+    scatter(partial + at * D + d, acc / tl.maximum(total, 1e-37)[:, None], (g < GROUP) & (d < D), NATIVE)
+    lse = tl.broadcast_to(_lse(top, total)[:, None], acc.shape)
+    scatter(partial_lse + at + tl.zeros_like(d), lse, (g < GROUP) & (d == 0), NATIVE)
 
 
 @triton.jit
 def finish(acc, top, total, partial, partial_lse, arrival, out, lse, row, head, T,
            D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr,
-           PROGRAMS: tl.constexpr, BEFORE: tl.constexpr, PP: tl.constexpr):  # fmt: skip
+           PROGRAMS: tl.constexpr, BEFORE: tl.constexpr, PP: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Write the row's output: at once, or by the last of its programs. True in that program, and in a single one.
 
     BEFORE parts of the row are there already, set aside by an earlier launch.
@@ -127,14 +128,14 @@ def finish(acc, top, total, partial, partial_lse, arrival, out, lse, row, head, 
     else:
         partial += row * PARTS * GROUP * D
         partial_lse += row * PARTS * GROUP
-        set_aside(acc, top, total, partial, partial_lse, BEFORE + tl.program_id(0), D, DP, GROUP, ROWS)
+        set_aside(acc, top, total, partial, partial_lse, BEFORE + tl.program_id(0), D, DP, GROUP, ROWS, NATIVE)
         tl.debug_barrier()
         if PROGRAMS > 1:
             last = tl.atomic_add(arrival, 1, sem="acq_rel") == PROGRAMS - 1
         if last:
             if PROGRAMS > 1:
                 tl.store(arrival, 0)
-            _merge(partial, partial_lse, out, lse, row % T, T, D, GROUP, GP, PARTS, PP, min(DP * GP, 512))
+            _merge(partial, partial_lse, out, lse, row % T, T, D, GROUP, PARTS, min(DP * GP, 512), min(PP, 16))
     return last
 
 
@@ -152,27 +153,41 @@ def _natural(lse):
 
 @triton.jit
 def _merge(partial, partial_lse, out, lse, t, T,
-           D: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr,
-           COLUMNS: tl.constexpr):  # fmt: skip
-    """Sum of the parts, each by its share of the total weight; COLUMNS of the heads' channels at once."""
-    p = tl.arange(0, PP)[:, None]
+           D: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+           AT_ONCE: tl.constexpr):  # fmt: skip
+    """Sum of the parts, each by its share of the total weight; COLUMNS of the heads' channels at once.
+
+    A thread has its channels of AT_ONCE parts at once, and needs nothing of other threads.
+    """
     for start in tl.static_range(0, GROUP * D, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)[None]
-        g = column // D
-        there = (p < PARTS) & (column < GROUP * D)
-        weight = tl.load(partial_lse + p * GROUP + g, there, other=float("-inf"), cache_modifier=".cg")
-        part = tl.load(partial + p * GROUP * D + column, there, other=0.0, cache_modifier=".cg")
-        top = tl.max(weight, 0)
-        weight = tl.exp2(weight - tl.where(top == float("-inf"), 0.0, top)[None])
-        result = tl.sum(part * weight, 0) / tl.maximum(tl.sum(weight, 0), 1e-37)
         column = start + tl.arange(0, COLUMNS)
-        tl.store(out + (column // D * T + t) * D + column % D, result.to(out.dtype.element_ty), column < GROUP * D)
-    g = tl.arange(0, GP)
-    weight = tl.load(partial_lse + p * GROUP + g[None], (p < PARTS) & (g < GROUP)[None], other=float("-inf"),
-                     cache_modifier=".cg")  # fmt: skip
-    top = tl.max(weight, 0)
-    total = tl.sum(tl.exp2(weight - tl.where(top == float("-inf"), 0.0, top)[None]), 0)
-    tl.store(lse + g * T + t, _natural(_lse(top, total)), g < GROUP)
+        g = column // D
+        there = column < GROUP * D
+        top = tl.full((COLUMNS,), float("-inf"), tl.float32)
+        total = tl.zeros((COLUMNS,), tl.float32)
+        acc = tl.zeros((COLUMNS,), tl.float32)
+        for first in range(0, PARTS, AT_ONCE):
+            parts, lses = (), ()
+            higher = top
+            for i in tl.static_range(AT_ONCE):
+                p = tl.zeros_like(column) + (first + i)
+                mine = there & (p < PARTS)
+                part_lse = tl.load(partial_lse + p * GROUP + g, mine, other=float("-inf"), cache_modifier=".cg")
+                part = tl.load(partial + p * GROUP * D + column, mine, other=0.0, cache_modifier=".cg")
+                higher = tl.maximum(higher, part_lse)
+                lses = lses + (part_lse,)  # type: ignore[assignment]  # noqa: RUF005
+                parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            fade = tl.exp2(top - shift)
+            total, acc, top = total * fade, acc * fade, higher
+            for i in tl.static_range(AT_ONCE):
+                weight = tl.exp2(lses[i] - shift)
+                total += weight
+                acc += weight * parts[i]
+        result = acc / tl.maximum(total, 1e-37)
+        at = g * T + t
+        tl.store(out + at * D + column % D, result.to(out.dtype.element_ty), there)
+        tl.store(lse + at, _natural(_lse(top, total)), there & (column % D == 0))
 
 
 @triton.jit
@@ -205,7 +220,7 @@ def attend(
         k_stride_s, v_stride_s, 0, 0, D, DP, ROWS, BLOCK_SIZE, MODE, False, "all", False, TILE, STAGES, PRECISION,
     )  # fmt: skip
     finish(acc, top, total, partial, partial_lse, arrivals + row, out, lse, row, head, T,
-           D, DP, GROUP, GP, ROWS, PROGRAMS, 0, PP)  # fmt: skip
+           D, DP, GROUP, GP, ROWS, PROGRAMS, 0, PP, NATIVE)  # fmt: skip
 
 
 def launch_attend(

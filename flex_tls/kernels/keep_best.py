@@ -132,8 +132,8 @@ def find_edge(words, more_words, n, k,
         edge = tl.where(n_high >= k, high, tl.where(n_low >= k, low, edge))
         third = tl.maximum((beyond - edge) // 3, 1)
         low, high = edge + third, beyond - third
-    # A threshold at the lowest edge that fewer than k reach: all are wanted
-    return edge, tl.where((reached == k) | (beyond == edge), MANY, k - above)
+    # Where fewer than k are above the lowest edge, all of them are wanted, and all at it that there are
+    return edge, tl.where(reached == k, MANY, k - above)
 
 
 @triton.jit

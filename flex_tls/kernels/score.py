@@ -5,13 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .ask import prefetch
 from .keep_best import make_key, pair
 from .labels import dot_codes, largest_dot, load_asked, load_codes
+from .scatter import scatter
 
 # Level 2 reads more channels than level 1 normalised by: an exponent that float32 still holds
 MOST: tl.constexpr = tl.constexpr(80.0)
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+# Below every score
+LEAST: tl.constexpr = tl.constexpr(-3e38)
 
 
 @triton.jit
@@ -27,31 +32,38 @@ def prefetch_labels(codes, first, end, N, READ: tl.constexpr, BLOCK_SIZE: tl.con
         # 32 words are a line of 128 bytes
         slot = tl.minimum(start + tl.arange(0, LINES) * 32, end * BLOCK_SIZE - 1)
         for w in tl.static_range(READ):
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [codes + w * N * BLOCK_SIZE + slot],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
+            prefetch(codes + w * N * BLOCK_SIZE + slot)
 
 
 @triton.jit
 def score_blocks(
-    codes, asked, base, unit, scores, position, first, end, N, score_stride, scale,
+    codes, asked, base, unit, scores, norms, position, first, end, N, score_stride, scale,
     W: tl.constexpr, READ: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    PER: tl.constexpr, STAGES: tl.constexpr, BLOCK_REDUCE: tl.constexpr, NATIVE: tl.constexpr,
+    PER: tl.constexpr, STAGES: tl.constexpr, BLOCK_REDUCE: tl.constexpr, SOFTMAX: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Scores of blocks ``first`` to ``end``, PER at a time, into [G, score_stride]."""
+    """Scores of blocks ``first`` to ``end``, PER at a time, into [G, score_stride].
+
+    With SOFTMAX ``norms`` [G, 2] gets each head's largest of them, and the sum of exponentials over it.
+    """
     # Whether sums of products, and one far below all of them, are small integers
     SMALL: tl.constexpr = largest_dot(BITS, READ) <= 2**21
     UNSEEN: tl.constexpr = -(2**21) if SMALL else -(2**30)
+    inside = tl.arange(0, BLOCK_SIZE)[None]
     weights, shifts, sizes = load_asked(asked, base, unit, 0, READ, W, BITS, GROUP)
+    tops, totals = (), ()
+    for _ in tl.static_range(GROUP if SOFTMAX else 0):
+        tops = tops + (tl.full((PER,), LEAST, tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        totals = totals + (tl.zeros((PER,), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for start in tl.range(first, end, PER, num_stages=STAGES):
         block = start + tl.arange(0, PER)
-        slot = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None]
+        mine = block < end
+        slot = block[:, None] * BLOCK_SIZE + inside
         seen = slot <= position
         # Whole blocks, so that the loads stay wide: what lies past the position is read, and dropped
-        words = load_codes(codes, slot, (block < end)[:, None], N * BLOCK_SIZE, READ)
+        words = load_codes(codes, slot, mine[:, None], N * BLOCK_SIZE, READ)
         # Where sums start: far below any other for what the query does not see
         zero = tl.where(seen, 0, UNSEEN)
+        new_tops, new_totals = (), ()
         for g in tl.static_range(GROUP):
             dot = dot_codes(words, weights, g, zero, READ, BITS, NATIVE)
             best = tl.max(dot, 1)
@@ -60,71 +72,65 @@ def score_blocks(
                 less = dot - best[:, None]
                 less = _small_float(less) if SMALL else less.to(tl.float32)
                 score += tl.log(tl.sum(tl.exp2(less * (sizes[g] * scale * LOG2E)), 1))
-            tl.store(scores + g * score_stride + block, score, block < end)
+            # By the thread of a block's first token, which has it
+            scatter(scores + g * score_stride + block[:, None] + tl.zeros_like(inside),
+                    tl.broadcast_to(score[:, None], slot.shape), mine[:, None] & (inside == 0), NATIVE)  # fmt: skip
+            if SOFTMAX:
+                top, total = _joined(tops[g], totals[g], tl.where(mine, score, LEAST), tl.where(mine, 1.0, 0.0))
+                new_tops = new_tops + (top,)  # type: ignore[assignment]  # noqa: RUF005
+                new_totals = new_totals + (total,)  # type: ignore[assignment]  # noqa: RUF005
+        tops, totals = new_tops, new_totals
+    if SOFTMAX:
+        # All heads cross the threads at once
+        top, total = tl.reduce((_stacked(tops, GROUP, PER), _stacked(totals, GROUP, PER)), 0, _joined)
+        SHAPE: tl.constexpr = (PER, top.shape[0])
+        g = tl.arange(0, SHAPE[1])[None]
+        lane = tl.arange(0, PER)[:, None]
+        one, at = (g < GROUP) & (lane == 0), norms + 2 * g + tl.zeros_like(lane)
+        scatter(at, tl.broadcast_to(top[None], SHAPE), one, NATIVE)
+        scatter(at + 1, tl.broadcast_to(total[None], SHAPE), one, NATIVE)
+
+
+@triton.constexpr_function
+def _halvings(n: int) -> int:
+    """How often the next power of two can be halved."""
+    return (n - 1).bit_length()
 
 
 @triton.jit
-def _max4(a, b, c, d, e, f, g, h):
-    return tl.maximum(a, e), tl.maximum(b, f), tl.maximum(c, g), tl.maximum(d, h)
+def _stacked(columns, N: tl.constexpr, P: tl.constexpr):
+    """N tensors [P] as one, [P, N]; the last of them again up to a power of two."""
+    LEVELS: tl.constexpr = _halvings(N)
+    for _ in tl.static_range(2**LEVELS - N):
+        columns = columns + (columns[N - 1],)  # noqa: RUF005 - Triton has no unpacking
+    for level in tl.static_range(LEVELS):
+        joined = ()
+        for i in tl.static_range(2 ** (LEVELS - 1 - level)):
+            joined = joined + (tl.join(columns[i], columns[i + 2 ** (LEVELS - 1 - level)]),)  # type: ignore[assignment]  # noqa: RUF005
+        columns = joined
+    return tl.reshape(columns[0], (P, 2**LEVELS))
 
 
 @triton.jit
-def _sum4(a, b, c, d, e, f, g, h):
-    return a + e, b + f, c + g, d + h
+def _joined(top, total, other_top, other_total):
+    """Largest score of both, and the sum of exponentials over it."""
+    highest = tl.maximum(top, other_top)
+    return highest, total * tl.exp(top - highest) + other_total * tl.exp(other_top - highest)
 
 
 @triton.jit
-def _four(scores, chunk, n, score_stride, HEADS: tl.constexpr, BN: tl.constexpr):
-    """Scores [BN] of four heads, of which HEADS or fewer are there; -inf past the last."""
-    place = chunk * BN + tl.arange(0, BN)
-    none = tl.full((BN,), float("-inf"), tl.float32)
-    a, b, c, d = none, none, none, none
-    # Read whole and then masked, garbage and all: a mask by place would make wide loads narrow
-    a = tl.where(place < n, tl.load(scores + place), none)
-    if HEADS > 1:
-        b = tl.where(place < n, tl.load(scores + score_stride + place), none)
-    if HEADS > 2:
-        c = tl.where(place < n, tl.load(scores + 2 * score_stride + place), none)
-    if HEADS > 3:
-        d = tl.where(place < n, tl.load(scores + 3 * score_stride + place), none)
-    return a, b, c, d
-
-
-@triton.jit
-def _four_tops(a, b, c, d):
-    """Each head's largest score; where it sees nothing any number but -inf."""
-    a, b, c, d = tl.reduce((a, b, c, d), 0, _max4)
-    return tl.maximum(a, -3e38), tl.maximum(b, -3e38), tl.maximum(c, -3e38), tl.maximum(d, -3e38)
-
-
-@triton.jit
-def _four_totals(a, b, c, d, tops):
-    """Each head's sum of exponentials."""
-    weights = (tl.exp(a - tops[0]), tl.exp(b - tops[1]), tl.exp(c - tops[2]), tl.exp(d - tops[3]))
-    return tl.reduce(weights, 0, _sum4)
-
-
-@triton.jit
-def _four_softmax(scores, n, score_stride, HEADS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
-                  CHUNKS: tl.constexpr):  # fmt: skip
-    """Of four heads: the largest score, and 1 / (sum of exponentials over it * GROUP)."""
-    first = _four(scores, 0, n, score_stride, HEADS, BN)
-    a, b, c, d = _four_tops(first[0], first[1], first[2], first[3])
-    for chunk in range(1, CHUNKS):
-        more = _four(scores, chunk, n, score_stride, HEADS, BN)
-        more = _four_tops(more[0], more[1], more[2], more[3])
-        a, b, c, d = _max4(a, b, c, d, more[0], more[1], more[2], more[3])
-    e, f, g, h = _four_totals(first[0], first[1], first[2], first[3], (a, b, c, d))
-    for chunk in range(1, CHUNKS):
-        other = _four(scores, chunk, n, score_stride, HEADS, BN)
-        other = _four_totals(other[0], other[1], other[2], other[3], (a, b, c, d))
-        e, f, g, h = _sum4(e, f, g, h, other[0], other[1], other[2], other[3])
-    return (a, b, c, d), (_share(e, GROUP), _share(f, GROUP), _share(g, GROUP), _share(h, GROUP))
-
-
-@triton.jit
-def _share(total, GROUP: tl.constexpr):
-    return 1 / (tl.maximum(total, 1e-37) * GROUP)
+def join_norms(norms, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, PP: tl.constexpr):
+    """(tops, shares) of a row's heads from its programs' ``norms`` [PROGRAMS, G, 2]: 1 / (sum of exponentials * G)."""
+    p = tl.arange(0, PP)
+    tops, shares = (), ()
+    for g in tl.static_range(GROUP):
+        at = norms + (p * GROUP + g) * 2
+        top = tl.load(at, p < PROGRAMS, other=LEAST, cache_modifier=".cg")
+        total = tl.load(at + 1, p < PROGRAMS, other=0.0, cache_modifier=".cg")
+        top, total = tl.reduce((top, total), 0, _joined)
+        tops = tops + (top,)  # type: ignore[assignment]  # noqa: RUF005
+        shares = shares + (1 / (tl.maximum(total, 1e-37) * GROUP),)  # type: ignore[assignment]  # noqa: RUF005
+    return tops, shares
 
 
 @triton.jit
@@ -147,26 +153,10 @@ def _block_keys(scores, chunk, tops, shares, n, position, sinks, recent, score_s
 
 
 @triton.jit
-def rank_blocks(scores, norms, words, n, position, sinks, recent, score_stride,
+def rank_blocks(scores, tops, shares, words, n, position, sinks, recent, score_stride,
                 GROUP: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
                 REDUCE: tl.constexpr):  # fmt: skip
-    """Keys of the row's ``n`` blocks, in words: the first chunk's are returned, the others are in ``words``.
-
-    ``norms`` float32 [G, 2] gets what a head's softmax takes: its largest score, and 1 / (sum of exponentials * G).
-    """
-    tops = ()
-    shares = ()
-    if REDUCE == "softmax_mean":
-        # Four heads cross the threads at once
-        for first in tl.static_range(0, GROUP, 4):
-            top, share = _four_softmax(
-                scores + first * score_stride, n, score_stride, GROUP - first, GROUP, BN, CHUNKS
-            )  # fmt: skip
-            tops = tops + top
-            shares = shares + share
-        for g in tl.static_range(GROUP):
-            tl.store(norms + 2 * g, tops[g])
-            tl.store(norms + 2 * g + 1, shares[g])
+    """Keys of the row's ``n`` blocks, in words: the first chunk's are returned, the others are in ``words``."""
     for chunk in range(1, CHUNKS):
         key = _block_keys(scores, chunk, tops, shares, n, position, sinks, recent, score_stride,
                           GROUP, BN, BLOCK_SIZE, REDUCE)  # fmt: skip

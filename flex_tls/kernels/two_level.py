@@ -22,13 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ask import ask, prefetch_projection
+from .ask import ask, prefetch_ask
 from .attend import attend_range, finish, load_query, set_aside
 from .follow import follow, precede
 from .keep_best import find_edge, load_words, write_list
 from .labels import channels_before, parts_before, places_of
 from .rows import leave, locate, meet, share
-from .score import prefetch_labels, rank_blocks, rank_tokens, score_blocks
+from .score import join_norms, prefetch_labels, rank_blocks, rank_tokens, score_blocks
 from .tiles import NATIVE, Tiles, padded
 
 # The last phase, and where a row's programs must have met before the next one
@@ -38,8 +38,8 @@ LAST_PHASE = 3
 @triton.jit
 def two_level(
     q, k, v, seq_lens, codes, to_query, low, step, scales, pages, arrived, clock,
-    asked, asked_bytes, base, unit, scores, norms, block_words, blocks, block_counts, words, keys, ids, counts, partial,
-    partial_lse, arrivals, out, lse,
+    asked, asked_bytes, base, unit, scores, norms, norm_parts, block_words, blocks, block_counts, words, keys, ids,
+    counts, partial, partial_lse, arrivals, out, lse,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     page_stride_k, page_stride_v, scale_stride_h, n_pages, arrivals_stride, score_stride, word_stride, n_heads, T,
     N, K, M, scale, sinks, recent, filter_dims,
@@ -55,8 +55,9 @@ def two_level(
     """Phases FIRST to LAST of program (i, row)."""
     if PREFETCH:
         # Hints, and so they may come before the wait, whatever they find
-        _, head, position = locate(seq_lens, n_heads, T)
-        prefetch_projection(to_query, head, D, C)
+        row, head, position = locate(seq_lens, n_heads, T)
+        prefetch_ask(q, to_query, low, step, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
+                     D, DP, C, GROUP, GP)  # fmt: skip
         first, end = share(tl.minimum(tl.maximum(position // BLOCK_SIZE + 1, 0), N), PROGRAMS)
         prefetch_labels(codes + head * W * N * BLOCK_SIZE, first, end, N, READ, BLOCK_SIZE, 256)
     follow(NATIVE)
@@ -66,6 +67,7 @@ def two_level(
     codes += head * W * N * BLOCK_SIZE
     scores += row * GROUP * score_stride
     norms += row * GROUP * 2
+    norm_parts += row * PROGRAMS * GROUP * 2
     block_words += row * BLOCK_CHUNKS * BLOCK_BN // 2
     blocks += row * K
     block_counts += row
@@ -78,19 +80,26 @@ def two_level(
     if FIRST == 0:
         first, end = share(n_blocks, PROGRAMS)
         ask(q, to_query, low, step, asked_bytes, base, unit, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
-            filter_dims, D, DP, C, W, BITS, GROUP, GP, PLACES)  # fmt: skip
+            filter_dims, D, DP, C, W, BITS, GROUP, GP, PLACES, NATIVE)  # fmt: skip
         tl.debug_barrier()
     asked += row * GROUP * parts_before(BITS, W)
     base += row * GROUP * 2
     unit += row * GROUP
     if FIRST == 0:
-        score_blocks(codes, asked, base, unit, scores, position, first, end, N, score_stride, scale, W, READ, BITS,
-                     GROUP, BLOCK_SIZE, PER, SCORE_STAGES, BLOCK_REDUCE, NATIVE)  # fmt: skip
+        score_blocks(codes, asked, base, unit, scores, norm_parts + tl.program_id(0) * GROUP * 2, position, first, end,
+                     N, score_stride, scale, W, READ, BITS, GROUP, BLOCK_SIZE, PER, SCORE_STAGES, BLOCK_REDUCE,
+                     POSITIVE, NATIVE)  # fmt: skip
         if LAST > 0:
             meet(arrivals, PROGRAMS)
     first_block, end_block = share(K, PROGRAMS)
     if (FIRST <= 1) & (LAST >= 1):
-        first_words = rank_blocks(scores, norms, block_words, n_blocks, position, sinks, recent, score_stride,
+        tops, shares = (), ()
+        if POSITIVE:
+            tops, shares = join_norms(norm_parts, GROUP, PROGRAMS, PP)
+            for g in tl.static_range(GROUP):
+                tl.store(norms + 2 * g, tops[g])
+                tl.store(norms + 2 * g + 1, shares[g])
+        first_words = rank_blocks(scores, tops, shares, block_words, n_blocks, position, sinks, recent, score_stride,
                                   GROUP, BLOCK_BN, BLOCK_CHUNKS, BLOCK_SIZE, REDUCE)  # fmt: skip
         n_listed = BLOCK_BN * BLOCK_CHUNKS
         edge, ties = find_edge(first_words, block_words, n_listed, K, POSITIVE, BLOCK_BN, BLOCK_CHUNKS, NATIVE)
@@ -131,11 +140,11 @@ def two_level(
         )  # fmt: skip
         if SPLIT:
             part = row * 2 * PROGRAMS + tl.program_id(0)
-            set_aside(acc, top, total, partial, partial_lse, part, D, DP, GROUP, ROWS)
+            set_aside(acc, top, total, partial, partial_lse, part, D, DP, GROUP, ROWS, NATIVE)
             leave(arrivals, arrivals_stride, PROGRAMS)
         else:
             last = finish(acc, top, total, partial, partial_lse, arrivals + 2 * arrivals_stride, out, lse, row, head, T,
-                          D, DP, GROUP, GP, ROWS, PROGRAMS, 0, PP)  # fmt: skip
+                          D, DP, GROUP, GP, ROWS, PROGRAMS, 0, PP, NATIVE)  # fmt: skip
             if (PROGRAMS > 1) & last:
                 # All programs have met, and left
                 tl.store(arrivals, 0)
@@ -219,6 +228,7 @@ def launch_two_level(
     parts = programs if arrived is None else 2 * programs
     partial = new(rows, parts, group, d, dtype=f32) if parts > 1 else lse
     partial_lse = new(rows, parts, group, dtype=f32) if parts > 1 else lse
+    norm_parts = new(rows, programs, group, 2, dtype=f32)
     stop = LAST_PHASE if k is not None else 1
     keys, values = (q if x is None else x for x in (k, v))
     page_stride_k, page_stride_v = (keys.stride(2), values.stride(2)) if pages is not None else (0, 0)
@@ -229,8 +239,8 @@ def launch_two_level(
         two_level[(programs, rows)](
             q, keys, values, seq_lens, codes, to_query, low, step, arrivals if scales is None else scales,
             arrivals if pages is None else pages, arrivals if arrived is None else arrived,
-            arrivals if clock is None else clock, work.asked, work.asked.view(torch.int8), *work[1:9],
-            work.words.view(torch.int16), *work[9:], partial, partial_lse, arrivals, out, lse,
+            arrivals if clock is None else clock, work.asked, work.asked.view(torch.int8), *work[1:5],
+            norm_parts, *work[5:9], work.words.view(torch.int16), *work[9:], partial, partial_lse, arrivals, out, lse,
             q.stride(0), q.stride(1), q.stride(2), keys.stride(0), keys.stride(1), keys.stride(-2),
             values.stride(0), values.stride(1), values.stride(-2), page_stride_k, page_stride_v,
             0 if scales is None else scales.stride(1), 0 if arrived is None else arrived.shape[2], arrivals.stride(0),
