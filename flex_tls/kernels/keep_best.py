@@ -233,8 +233,13 @@ def _write_bits(chosen, where, value, out, first, end, NATIVE: tl.constexpr):
 def _write_chunk(words, chunk, edge, ties, n_above, n_tied, blocks, out, n, first, end,
                  BN: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """One chunk's entries of the list, behind ``n_above`` and ``n_tied`` keys of other chunks; both counts after it."""
-    # A row lies in one block
+    # A row lies in one block, whose number is asked for first: it is a long way
     ROW: tl.constexpr = min(32, BLOCK_SIZE) if TOKENS else 32
+    start = chunk * BN + tl.arange(0, BN // ROW) * ROW
+    value = start
+    if TOKENS:
+        block = tl.load(blocks + start // BLOCK_SIZE, start < n, other=0, cache_modifier=".cg")
+        value = block * BLOCK_SIZE + start % BLOCK_SIZE
     above, tied = _marks(tl.reshape(words, (BN // ROW, ROW // 2)), edge, NATIVE)
     i = tl.arange(0, ROW // 2)[None] * 2
     above, tied = tl.sum(above << i, 1), tl.sum(tied << i, 1)
@@ -243,11 +248,6 @@ def _write_chunk(words, chunk, edge, ties, n_above, n_tied, blocks, out, n, firs
     tied_before = n_tied + (before >> 16)
     chosen = above | _first_bits(tied, tl.maximum(ties - tied_before, 0), NATIVE)
     where = n_above + (before & 0xFFFF) + tl.minimum(tied_before, ties)
-    start = chunk * BN + tl.arange(0, BN // ROW) * ROW
-    value = start
-    if TOKENS:
-        block = tl.load(blocks + start // BLOCK_SIZE, start < n, other=0, cache_modifier=".cg")
-        value = block * BLOCK_SIZE + start % BLOCK_SIZE
     _write_bits(chosen, where, value, out, first, end, NATIVE)
     total = tl.sum(count, 0)
     return n_above + (total & 0xFFFF), n_tied + (total >> 16)

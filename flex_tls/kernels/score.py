@@ -20,6 +20,16 @@ LEAST: tl.constexpr = tl.constexpr(-3e38)
 
 
 @triton.jit
+def _exp(x, NATIVE: tl.constexpr):
+    """Exponential of float32 ``x``; 0 below 2^-126, which spares looking for such numbers: half of what it takes."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2E], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp(x)
+
+
+@triton.jit
 def _small_float(x):
     """float32 of int32 ``x`` within 2^22: added to the digits of 1.5 * 2^23. A conversion takes four times as long."""
     return (x + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
@@ -76,13 +86,16 @@ def score_blocks(
             scatter(scores + g * score_stride + block[:, None] + tl.zeros_like(inside),
                     tl.broadcast_to(score[:, None], slot.shape), mine[:, None] & (inside == 0), NATIVE)  # fmt: skip
             if SOFTMAX:
-                top, total = _joined(tops[g], totals[g], tl.where(mine, score, LEAST), tl.where(mine, 1.0, 0.0))
+                score = tl.where(mine, score, LEAST)
+                top = tl.maximum(tops[g], score)
+                more = tl.where(mine, _exp(score - top, NATIVE), 0.0)
+                total = totals[g] * _exp(tops[g] - top, NATIVE) + more
                 new_tops = new_tops + (top,)  # type: ignore[assignment]  # noqa: RUF005
                 new_totals = new_totals + (total,)  # type: ignore[assignment]  # noqa: RUF005
         tops, totals = new_tops, new_totals
     if SOFTMAX:
         # All heads cross the threads at once
-        top, total = tl.reduce((_stacked(tops, GROUP, PER), _stacked(totals, GROUP, PER)), 0, _joined)
+        top, total = _join(_stacked(tops, GROUP, PER), _stacked(totals, GROUP, PER), NATIVE)
         SHAPE: tl.constexpr = (PER, top.shape[0])
         g = tl.arange(0, SHAPE[1])[None]
         lane = tl.arange(0, PER)[:, None]
@@ -112,37 +125,46 @@ def _stacked(columns, N: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _joined(top, total, other_top, other_total):
-    """Largest score of both, and the sum of exponentials over it."""
-    highest = tl.maximum(top, other_top)
-    return highest, total * tl.exp(top - highest) + other_total * tl.exp(other_top - highest)
+def _join(tops, totals, NATIVE: tl.constexpr):
+    """Largest scores [P, ...] and sums of exponentials over them -> those of all P."""
+    top = tl.max(tops, 0, keep_dims=True)
+    total = tl.sum(totals * _exp(tops - top, NATIVE), 0)
+    return tl.max(top, 0), total
 
 
 @triton.jit
-def join_norms(norms, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, PP: tl.constexpr):
-    """(tops, shares) of a row's heads from its programs' ``norms`` [PROGRAMS, G, 2]: 1 / (sum of exponentials * G)."""
+def join_norms(parts, norms, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, PP: tl.constexpr, NATIVE: tl.constexpr):
+    """(tops, shares): a head's largest score, and 1 / (sum of exponentials over it * G); ``norms`` [G, 2] gets both.
+
+    ``parts`` [PROGRAMS, G, 2] are those of a row's programs. A warp has those of all programs, and asks no other.
+    """
     p = tl.arange(0, PP)
+    loaded = ()
+    for g in tl.static_range(GROUP):
+        at = parts + (p * GROUP + g) * 2
+        loaded = loaded + (tl.load(at, p < PROGRAMS, other=LEAST, cache_modifier=".cg"),)  # type: ignore[assignment]  # noqa: RUF005
+        loaded = loaded + (tl.load(at + 1, p < PROGRAMS, other=0.0, cache_modifier=".cg"),)  # type: ignore[assignment]  # noqa: RUF005
     tops, shares = (), ()
     for g in tl.static_range(GROUP):
-        at = norms + (p * GROUP + g) * 2
-        top = tl.load(at, p < PROGRAMS, other=LEAST, cache_modifier=".cg")
-        total = tl.load(at + 1, p < PROGRAMS, other=0.0, cache_modifier=".cg")
-        top, total = tl.reduce((top, total), 0, _joined)
+        top, total = _join(loaded[2 * g], loaded[2 * g + 1], NATIVE)
         tops = tops + (top,)  # type: ignore[assignment]  # noqa: RUF005
         shares = shares + (1 / (tl.maximum(total, 1e-37) * GROUP),)  # type: ignore[assignment]  # noqa: RUF005
+        tl.store(norms + 2 * g, tops[g])
+        tl.store(norms + 2 * g + 1, shares[g])
     return tops, shares
 
 
 @triton.jit
 def _block_keys(scores, chunk, tops, shares, n, position, sinks, recent, score_stride,
-                GROUP: tl.constexpr, BN: tl.constexpr, BLOCK_SIZE: tl.constexpr, REDUCE: tl.constexpr):  # fmt: skip
+                GROUP: tl.constexpr, BN: tl.constexpr, BLOCK_SIZE: tl.constexpr, REDUCE: tl.constexpr,
+                NATIVE: tl.constexpr):  # fmt: skip
     """Keys int32 [BN] of one chunk's blocks."""
     place = chunk * BN + tl.arange(0, BN)
     rank = tl.full((BN,), float("-inf") if REDUCE == "max" else 0.0, tl.float32)
     for g in tl.static_range(GROUP):
         score = tl.where(place < n, tl.load(scores + g * score_stride + place), float("-inf"))
         if REDUCE == "softmax_mean":
-            rank += tl.exp(score - tops[g]) * shares[g]
+            rank += _exp(score - tops[g], NATIVE) * shares[g]
         elif REDUCE == "max":
             rank = tl.maximum(rank, score)
         else:
@@ -155,13 +177,14 @@ def _block_keys(scores, chunk, tops, shares, n, position, sinks, recent, score_s
 @triton.jit
 def rank_blocks(scores, tops, shares, words, n, position, sinks, recent, score_stride,
                 GROUP: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-                REDUCE: tl.constexpr):  # fmt: skip
+                REDUCE: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Keys of the row's ``n`` blocks, in words: the first chunk's are returned, the others are in ``words``."""
     for chunk in range(1, CHUNKS):
         key = _block_keys(scores, chunk, tops, shares, n, position, sinks, recent, score_stride,
-                          GROUP, BN, BLOCK_SIZE, REDUCE)  # fmt: skip
+                          GROUP, BN, BLOCK_SIZE, REDUCE, NATIVE)  # fmt: skip
         tl.store(words + chunk * (BN // 2) + tl.arange(0, BN // 2), pair(key, BN))
-    key = _block_keys(scores, 0, tops, shares, n, position, sinks, recent, score_stride, GROUP, BN, BLOCK_SIZE, REDUCE)
+    key = _block_keys(scores, 0, tops, shares, n, position, sinks, recent, score_stride,
+                      GROUP, BN, BLOCK_SIZE, REDUCE, NATIVE)  # fmt: skip
     if CHUNKS > 1:
         tl.debug_barrier()
     return pair(key, BN)
@@ -187,7 +210,7 @@ def rank_tokens(
             dot = dot_codes(words, weights, g, tl.zeros_like(words[0]), W, BITS, NATIVE)
             score = (shifts[g] + sizes[g] * dot.to(tl.float32)) * scale
             if REDUCE == "softmax_mean":
-                rank += tl.exp(tl.minimum(score - tl.load(norms + 2 * g), MOST)) * tl.load(norms + 2 * g + 1)
+                rank += _exp(tl.minimum(score - tl.load(norms + 2 * g), MOST), NATIVE) * tl.load(norms + 2 * g + 1)
             elif REDUCE == "max":
                 rank = tl.maximum(rank, score)
             else:

@@ -95,12 +95,9 @@ def two_level(
     if (FIRST <= 1) & (LAST >= 1):
         tops, shares = (), ()
         if POSITIVE:
-            tops, shares = join_norms(norm_parts, GROUP, PROGRAMS, PP)
-            for g in tl.static_range(GROUP):
-                tl.store(norms + 2 * g, tops[g])
-                tl.store(norms + 2 * g + 1, shares[g])
+            tops, shares = join_norms(norm_parts, norms, GROUP, PROGRAMS, PP, NATIVE)
         first_words = rank_blocks(scores, tops, shares, block_words, n_blocks, position, sinks, recent, score_stride,
-                                  GROUP, BLOCK_BN, BLOCK_CHUNKS, BLOCK_SIZE, REDUCE)  # fmt: skip
+                                  GROUP, BLOCK_BN, BLOCK_CHUNKS, BLOCK_SIZE, REDUCE, NATIVE)  # fmt: skip
         n_listed = BLOCK_BN * BLOCK_CHUNKS
         edge, ties = find_edge(first_words, block_words, n_listed, K, POSITIVE, BLOCK_BN, BLOCK_CHUNKS, NATIVE)
         n_kept = write_list(first_words, block_words, n_listed, edge, ties, blocks, blocks, first_block, end_block, N,
