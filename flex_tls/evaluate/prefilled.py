@@ -15,6 +15,7 @@ from ..cache import TLSCache
 from ..cache_layer import new_index
 from ..config import TLSConfig
 from ..device import why_not_here
+from ..fused import why_not_configured
 from ..integrations.huggingface import enabled
 from ..record import Recorder
 from .eviction import evicting_cache
@@ -79,8 +80,8 @@ class Prefilled:
             return self._backend
         device = self.model.device
         windows = any(layer.window is not None for layer in self._cache.tls_layers)
-        fused = cfg.index == "lowrank" and not windows and device.type == "cuda" and why_not_here(device) is None
-        return "triton" if fused else "reference"
+        here = device.type == "cuda" and why_not_here(device) is None
+        return "triton" if here and not windows and why_not_configured(cfg) is None else "reference"
 
     @property
     def head_dim(self) -> int:

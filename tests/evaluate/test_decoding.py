@@ -133,3 +133,14 @@ def test_documents_side_by_side_score_as_one_by_one() -> None:
 def test_something_must_be_read_and_something_scored(context: int) -> None:
     with pytest.raises(ValueError, match="context_tokens: expected 2 to 99"):
         next(score_documents(make(), documents(1, 100), context, []))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("spec", ["dense", "ours", "ours:group_reduce=softmax_max", "ours:index=box", "oracle", "h2o"])
+def test_on_a_gpu_each_method_finds_a_backend_that_can_run_it(spec: str) -> None:
+    """Half an ablation was lost to a method that the fused kernels do not have."""
+    prompt = Prefilled(make().cuda(), documents(2, 110)[:, :100].cuda(), 10)
+    method = make_method(spec, SPARSE, 100)
+    assert (prompt.backend_for(method) == "triton") == (spec == "ours")
+    with prompt.decoding(method) as step:
+        assert bool(step(documents(2, 1).cuda()).isfinite().all())
