@@ -104,9 +104,8 @@ def _accuracy(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
         if isinstance(row, PplRow) and (row.config is None or row.method in COMPARISON or _compared(row.method))
     ]
     everything = summarise_ppl(rows)
-    counts = Counter(line.context_tokens for line in everything if line.method in COMPARISON)
-    # Lengths at which an ablation alone was measured have their own section
-    lines = [line for line in everything if line.config is not None and counts[line.context_tokens] > 4]
+    spans = _compared_spans(everything)
+    lines = [line for line in everything if line.config is not None and line.span in spans]
     if not lines:
         yield f"No rows yet: `{COMPARE} --out bench/results/accuracy.jsonl`.\n"
         return
@@ -114,8 +113,8 @@ def _accuracy(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
     plot_accuracy([line for line in lines if line.method in COMPARISON], path)
     yield f"![KL over tokens kept]({_link(path, base)})\n"
     yield f"`{COMPARE} --out bench/results/accuracy.jsonl`\n"
-    for context in sorted({line.context_tokens for line in lines}):
-        here = [line for line in lines if line.context_tokens == context]
+    for span in sorted({line.span for line in lines}):
+        here = [line for line in lines if line.span == span]
         table = [
             ("method", "blocks", "tokens", "KL", "perplexity / dense", "agreement", "index, % of KV", "read, % of KV",
              *(f"KL, {half}" for half in HALVES), "documents")
@@ -130,8 +129,14 @@ def _accuracy(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
             ))  # fmt: skip
         dense = here[0].perplexity / here[0].perplexity_ratio.mean
         scored = f"{here[0].score_tokens:,} scored; dense perplexity {dense:.3f}"
-        yield f"{context:,} tokens of context, {scored}.\n"
+        yield f"{span[0]:,} tokens of context, {scored}.\n"
         yield _table(table)
+
+
+def _compared_spans(lines: Sequence[PplSummary]) -> set[tuple[int, int]]:
+    """Where the published methods were measured: an ablation or a frontier alone has a section of its own."""
+    counts = Counter(line.span for line in lines if line.method in COMPARISON)
+    return {span for span, count in counts.items() if count > 4}
 
 
 def _compared(method: str) -> bool:
@@ -147,11 +152,11 @@ def _compared(method: str) -> bool:
 
 def _half(rows: Sequence[Row], line: PplSummary, half: str) -> str:
     """KL of a line over the documents of one half."""
-    wanted = (line.model, line.method, line.config, line.context_tokens)
+    wanted = (line.model, line.method, line.config, line.span)
     kl = [
         row.kl for row in rows
         if isinstance(row, PplRow) and row.document.startswith(f"{half}/")
-        and (row.model, row.method, row.config, row.context_tokens) == wanted
+        and (row.model, row.method, row.config, (row.context_tokens, row.score_tokens)) == wanted
     ]  # fmt: skip
     return f"{sum(kl) / len(kl):.4f}" if kl else ""
 
@@ -159,8 +164,12 @@ def _half(rows: Sequence[Row], line: PplSummary, half: str) -> str:
 def _targets(found: Sequence[Row]) -> Iterator[str]:
     """Figures that were asked for beforehand, next to what was measured at each pair of budgets."""
     lines = [line for line in summarise_ppl(found) if line.config is not None]
+    spans = _compared_spans(lines)
     # Two documents would do for an ablation, not for this
-    bases = [x for x in lines if x.method.startswith(BASE) and _compared(x.method) and x.n_documents >= 8]
+    bases = [
+        x for x in lines
+        if x.method.startswith(BASE) and _compared(x.method) and x.n_documents >= 8 and x.span in spans
+    ]  # fmt: skip
     if not bases:
         return
     yield "## Against the targets\n"
@@ -177,7 +186,7 @@ def _targets(found: Sequence[Row]) -> Iterator[str]:
         beside = [
             x for x in lines
             if x.config is not None and (x.config["block_budget"], x.config["token_budget"]) == pair
-            and x.context_tokens == line.context_tokens
+            and x.span == line.span
         ]  # fmt: skip
         oracle = re.sub(":label_(dims|bits)=[0-9+]+", "", "oracle" + line.method.removeprefix(BASE))
         others = {x.method: x for x in beside}
@@ -194,13 +203,13 @@ def _targets(found: Sequence[Row]) -> Iterator[str]:
 
 def _ablation(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]:
     yield "## What each component contributes\n"
-    command = _on_the_choosing_half("ablate")
+    command = _of_many_methods("ablate")
     studies = [(line, changes) for line, changes in ablations(found) if len(changes) > 2]
     if not studies:
         yield f"No rows yet: `{command} --out bench/results/accuracy-ablation.jsonl`.\n"
         return
     yield "One change at a time to `ours`; a ratio above 1 is worse.\n"
-    yield f"`{command} --out bench/results/accuracy-ablation.jsonl`\n"
+    yield f"`{command} --out bench/results/accuracy-ablation.jsonl`, or over other documents where a title says so.\n"
     for number, (line, changes) in enumerate(studies):
         path = pictures / f"ablation{number or ''}.svg"
         plot_ablation(line, changes, path)
@@ -219,7 +228,7 @@ def _ablation(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
 
 def _frontier(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]:
     yield "## The frontier\n"
-    command = _on_the_choosing_half("frontier")
+    command = _of_many_methods("frontier")
     # What the frontier varies, at the budgets and over the documents that most of it was measured at
     names = {BASE, *FRONTIER, *(f"{BASE}:label_dims={n}" for n in (8, 16, 24, 32, 48, 64))}
     lines = [x for x in summarise_ppl(found) if x.config is not None and (x.method in names or family(x) == BASE)]
@@ -228,7 +237,7 @@ def _frontier(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
         assert line.config is not None
         key = (
             line.model,
-            line.context_tokens,
+            line.span,
             line.n_documents,
             line.config["block_budget"],
             line.config["token_budget"],
@@ -236,12 +245,12 @@ def _frontier(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
         groups.setdefault(key, []).append(line)
     lines = max(groups.values(), key=len, default=[])
     if len(lines) < 10:
-        yield f"No rows yet: `{command} --out bench/results/accuracy-ablation.jsonl`.\n"
+        yield f"No rows yet: `{command} --out bench/results/accuracy-frontier.jsonl`.\n"
         return
     path = pictures / "frontier.svg"
     plot_frontier(lines, path)
     yield f"![KL over bytes held and read]({_link(path, base)})\n"
-    yield f"{len(lines)} configurations at equal budgets. `{command} --out bench/results/accuracy-ablation.jsonl`\n"
+    yield f"{len(lines)} configurations at equal budgets. `{command} --out bench/results/accuracy-frontier.jsonl`\n"
     for field, what in (("index_share", "held"), ("read_share", "read")):
         table = [("configuration", f"bytes {what}, % of KV", "KL", "agreement")]
         for line in pareto(lines, field):
@@ -355,9 +364,9 @@ def _reproduce() -> Iterator[str]:
     )
 
 
-def _on_the_choosing_half(command: str) -> str:
-    options = COMPARE.removeprefix("flex-tls eval compare out/texts").replace("--documents 24", "--documents 12")
-    return f"flex-tls eval {command} out/texts/choosing{options}"
+def _of_many_methods(command: str) -> str:
+    """Fewer tokens of each document: what varies most is the document."""
+    return COMPARE.replace("compare", command).replace("--score-tokens 1024", "--score-tokens 192")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -39,13 +39,13 @@ def plot_record(record: Record, path: Path, title: str) -> None:
 
 def plot_accuracy(lines: Sequence[PplSummary], path: Path) -> None:
     """KL over kept tokens for every method, a panel for each model and context; bars are 95% intervals."""
-    panels = list(dict.fromkeys((line.model, line.context_tokens) for line in lines))
+    panels = list(dict.fromkeys((line.model, line.span) for line in lines))
     names = list(dict.fromkeys(line.method for line in lines))
     figure, axes = plt.subplots(
         1, len(panels), figsize=(6.4 * len(panels), 4.8), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, panel in zip(axes[0], panels, strict=True):
-        shown = [line for line in lines if (line.model, line.context_tokens) == panel]
+        shown = [line for line in lines if (line.model, line.span) == panel]
         for i, name in enumerate(names):
             curve = sorted((x for x in shown if x.method == name), key=lambda x: (x.kept_tokens, -x.kl.mean))
             kl = [x.kl.mean for x in curve]
@@ -60,7 +60,7 @@ def plot_accuracy(lines: Sequence[PplSummary], path: Path) -> None:
                 label=name,
             )  # fmt: skip
         n_documents = sorted({line.n_documents for line in shown})
-        axis.set_title(f"{Path(panel[0]).name}, {panel[1]:,} tokens; {', '.join(map(str, n_documents))} documents")
+        axis.set_title(f"{Path(panel[0]).name}, {panel[1][0]:,} tokens; {', '.join(map(str, n_documents))} documents")
         axis.set(yscale="log", xlabel="tokens attended to, per KV head (methods side by side)")
         ticks = sorted({x.kept_tokens for x in shown})
         axis.set_xscale("log", base=2)

@@ -29,7 +29,7 @@ def ablations(rows: Sequence[Row]) -> list[tuple[PplSummary, list[Change]]]:
     lines = [line for line in summarise_ppl(rows) if line.config is not None]
     found = []
     for base in (line for line in lines if line.method == BASE):
-        beside = {_method(x): x for x in lines if (x.model, x.context_tokens) == (base.model, base.context_tokens)}
+        beside = {_method(x): x for x in lines if (x.model, x.span) == (base.model, base.span)}
         changes: list[Change] = [
             (component, method.name.partition(":")[2], beside[method], kl_ratio(rows, beside[method], base))
             for component, methods in ablation_of(_method(base), list(beside)).items()

@@ -51,6 +51,11 @@ class PplSummary:
     index_share: float
     read_share: float
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Tokens before the first scored one, and scored tokens of each document: what goes together has one span."""
+        return self.context_tokens, self.score_tokens // self.n_documents
+
 
 @dataclass(frozen=True)
 class RetrievalSummary:
@@ -152,8 +157,8 @@ def _kl_by_document(rows: Sequence[Row], line: PplSummary) -> dict[str, float]:
         row.digest: row.kl
         for row in rows
         if isinstance(row, PplRow)
-        and (row.model, row.method, row.config, row.context_tokens)
-        == (line.model, line.method, line.config, line.context_tokens)
+        and (row.model, row.method, row.config, (row.context_tokens, row.score_tokens))
+        == (line.model, line.method, line.config, line.span)
     }
 
 

@@ -99,7 +99,7 @@ def test_without_rows_a_report_says_how_to_get_them(tmp_path: Path) -> None:
     assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "report.md")]) == 0
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert text.count("No rows yet") == 7
-    assert "flex-tls eval ablate out/texts/choosing --documents 12 --context-tokens 7168" in text
+    assert "flex-tls eval ablate out/texts --documents 24 --context-tokens 7168 --score-tokens 192" in text
 
 
 def test_an_ablation_changes_one_component_at_a_time() -> None:
