@@ -5,16 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .follow import prefetch
 from .labels import locate_bytes, locate_channels, parts_before
 from .scatter import scatter
-
-
-@triton.jit
-def prefetch(pointers):
-    """Let the lines that pointers are on come to the L2 cache: a hint, allowed before what is there is written."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit

@@ -23,3 +23,11 @@ def follow(NATIVE: tl.constexpr):
     """Wait until all before is done and visible: before anything is written, and before what may be new is read."""
     if NATIVE:
         gdc_wait()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Let the lines that pointers are on come to the L2 cache: a hint, and so allowed before :func:`follow`."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .ask import prefetch
+from .follow import prefetch
 from .keep_best import make_key, pair
 from .labels import dot_codes, largest_dot, load_asked, load_codes
 from .scatter import scatter
