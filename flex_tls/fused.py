@@ -127,9 +127,8 @@ def fused_attention(
 @fused_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor,
-    arrivals: Tensor, bits: list[int], block_size: int, kept_blocks: int, token_budget: int | None, sinks: int,
-    recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    arrivals: Tensor, bits: list[int], block_size: int, kept_blocks: int, token_budget: int | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     rows, n_blocks = q.shape[0] * codes.shape[1] * q.shape[2], codes.shape[-1] // block_size
     kept = min(kept_blocks, n_blocks)
     by_block = token_budget is None or token_budget >= kept * block_size

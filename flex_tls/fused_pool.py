@@ -113,16 +113,12 @@ def choose(
 @choose.register_fake
 def _(
     q: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor, arrivals: Tensor,
-    bits: list[int], block_size: int, kept_blocks: int, sinks: int, recent: int, scale: float, filter_dims: int,
-    block_reduce: str, group_reduce: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    bits: list[int], block_size: int, kept_blocks: int, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     from .kernels.labels import parts_before
 
-    rows, group, n = (
-        q.shape[0] * codes.shape[1] * q.shape[2],
-        q.shape[1] // codes.shape[1],
-        codes.shape[3] // block_size,
-    )
+    (b, hq, t, _), hkv, n = q.shape, codes.shape[1], codes.shape[3] // block_size
+    rows, group = b * hkv * t, hq // hkv
     kept = min(kept_blocks, n)
     chunk, chunks = tiles_of(q, codes, kept * block_size).chunk(n)
     floats = low.new_empty
@@ -160,9 +156,8 @@ def _(
     q: Tensor, slots: Tensor, scales: Tensor | None, slot_of_block: Tensor, arrived: Tensor | None,
     clock: Tensor | None, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor,
     arrivals: Tensor, asked: Tensor, base: Tensor, unit: Tensor, scores: Tensor, norms: Tensor, blocks: Tensor,
-    counts: Tensor, bits: list[int], block_size: int, kept_blocks: int, token_budget: int | None, sinks: int,
-    recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    counts: Tensor, bits: list[int], block_size: int, kept_blocks: int, token_budget: int | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     (rows, kept), group, d = blocks.shape, unit.shape[1], q.shape[3]
     by_block = token_budget is None or token_budget >= kept * block_size
     ids = blocks.new_empty(rows, 0 if by_block else token_budget or 0)
