@@ -28,6 +28,7 @@ from flex_tls.evaluate.sets import BASE, COMPARISON, FRONTIER
 from flex_tls.evaluate.summary import (
     PplSummary,
     kl_ratio,
+    rows_of,
     summarise_attention,
     summarise_ppl,
     summarise_retrieval,
@@ -42,8 +43,7 @@ def write_report(results: Path, out: Path) -> list[Path]:
     """Write the report and the pictures beside it, ``out``'s name their folder; returns what was written.
 
     Rows of several runs may lie in several files ``accuracy*.jsonl``: what a device measured again counts once, as it
-    was measured last. A section without rows says which command
-    measures it.
+    was measured last. A section without rows says which command measures it.
     """
     rows = [row for path in sorted(results.glob("accuracy*.jsonl")) for row in evaluation.read(path)]
     newest: dict[tuple[object, str], Row] = {}
@@ -152,12 +152,7 @@ def _compared(method: str) -> bool:
 
 def _half(rows: Sequence[Row], line: PplSummary, half: str) -> str:
     """KL of a line over the documents of one half."""
-    wanted = (line.model, line.method, line.config, line.span)
-    kl = [
-        row.kl for row in rows
-        if isinstance(row, PplRow) and row.document.startswith(f"{half}/")
-        and (row.model, row.method, row.config, (row.context_tokens, row.score_tokens)) == wanted
-    ]  # fmt: skip
+    kl = [row.kl for row in rows_of(rows, line) if row.document.startswith(f"{half}/")]
     return f"{sum(kl) / len(kl):.4f}" if kl else ""
 
 

@@ -145,21 +145,22 @@ def summarise_retrieval(rows: Sequence[Row]) -> list[RetrievalSummary]:
 
 def kl_ratio(rows: Sequence[Row], of: PplSummary, to: PplSummary) -> Interval:
     """KL of one line over that of another, over the documents that both have; the interval resamples them together."""
-    over, under = _kl_by_document(rows, of), _kl_by_document(rows, to)
+    over, under = ({row.digest: row.kl for row in rows_of(rows, line)} for line in (of, to))
     both = [digest for digest in over if digest in under]
     if not both:
         raise ValueError(f"rows: expected a document with both {of.method} and {to.method}, got none")
     return ratio_interval([over[x] for x in both], [under[x] for x in both])
 
 
-def _kl_by_document(rows: Sequence[Row], line: PplSummary) -> dict[str, float]:
-    return {
-        row.digest: row.kl
+def rows_of(rows: Sequence[Row], line: PplSummary) -> list[PplRow]:
+    """Those that a line sums up."""
+    wanted = (line.model, line.method, line.config, line.span)
+    return [
+        row
         for row in rows
         if isinstance(row, PplRow)
-        and (row.model, row.method, row.config, (row.context_tokens, row.score_tokens))
-        == (line.model, line.method, line.config, line.span)
-    }
+        and (row.model, row.method, row.config, (row.context_tokens, row.score_tokens)) == wanted
+    ]
 
 
 def summarise_attention(rows: Sequence[Row]) -> list[AttentionSummary]:
