@@ -270,8 +270,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     @property
     def counters(self) -> list[Tensor]:
         """What :meth:`stats` reads, on the device."""
-        pools = [layer.opened().pool for layer in self.offloaded_layers]
-        return [counter for pool in pools for counter in (pool.counters, pool.missing_mass, pool.stalled)]
+        return [total for layer in self.offloaded_layers for total in layer.opened().pool.sums]
 
     def stats(self) -> dict[int, LayerStats]:
         """What the offload engine of each offloaded layer did since the cache was made or reset. Synchronises."""

@@ -243,15 +243,14 @@ class LayerOffload:
     def uncounted(self) -> Iterator[None]:
         """Steps inside move bytes, which count, and select nothing that does."""
         pool = self.pool
-        before, mass, stalled = pool.counters.clone(), pool.missing_mass.clone(), pool.stalled.clone()
+        before = [total.clone() for total in pool.sums]
         try:
             yield
         finally:
-            fetched = COUNTERS.index("fetched")
-            before[..., fetched] = pool.counters[..., fetched]
-            pool.counters.copy_(before)
-            pool.missing_mass.copy_(mass)
-            pool.stalled.copy_(stalled)
+            fetched = pool.counters[..., COUNTERS.index("fetched")].clone()
+            for total, was in zip(pool.sums, before, strict=True):
+                total.copy_(was)
+            pool.counters[..., COUNTERS.index("fetched")] = fetched
 
     def check_integrity(self) -> None:
         """See :meth:`.pool.DevicePool.check_integrity`."""

@@ -85,6 +85,11 @@ class DevicePool(Blocks):
         return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
     @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """What steps add to, and :meth:`clear_counters` sets to zero."""
+        return self.counters, self.missing_mass, self.stalled
+
+    @property
     def nbytes(self) -> int:
         """Bytes of slots, scales and tables."""
         return sum(x.nbytes for x in self.buffers.values())
@@ -124,9 +129,8 @@ class DevicePool(Blocks):
 
     def clear_counters(self) -> None:
         """Count anew."""
-        self.counters.zero_()
-        self.missing_mass.zero_()
-        self.stalled.zero_()
+        for total in self.sums:
+            total.zero_()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks and slots are a bijection and every number is in range. Synchronises."""

@@ -8,6 +8,7 @@ Only rows that wait may read their slots when :meth:`start` has returned.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from time import perf_counter_ns
 from typing import Protocol
@@ -48,9 +49,8 @@ class QueuedTransfers:
             raise RuntimeError("transfers: expected a join before the next start, got an earlier step's transfers")
         waits = pool.waits.bool()
         if may_wait:
-            began = perf_counter_ns()
-            fetch(store, pool, waits)
-            pool.stalled += perf_counter_ns() - began
+            with _stalling(pool):
+                fetch(store, pool, waits)
         if n_written:
             self.queue.append(lambda: write_through(store, pool, n_written))
         for head in range(pool.waits.shape[1]):
@@ -69,10 +69,7 @@ class QueuedTransfers:
 
 
 class CopyTransfers:
-    """A copy a block, on a side stream, from a list that is read on the host: each step waits for the device.
-
-    Its stall is the host's time, which is the device's here.
-    """
+    """A copy a block, on a side stream, from a list that is read on the host: each step waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.side = side_stream(device)
@@ -80,10 +77,8 @@ class CopyTransfers:
     def start(self, store: HostStore, pool: DevicePool, n_written: int, may_wait: bool) -> None:
         now = pool.waits.bool()
         if may_wait:
-            began = perf_counter_ns()
-            _copy_blocks(store, pool, now)
-            torch.cuda.current_stream(pool.slots.device).synchronize()
-            pool.stalled += perf_counter_ns() - began
+            with _stalling(pool):
+                _copy_blocks(store, pool, now)
         self.side.wait_stream(torch.cuda.current_stream(pool.slots.device))
         with torch.cuda.stream(self.side):
             _copy_blocks(store, pool, ~now)
@@ -114,6 +109,20 @@ def _number(device: torch.device) -> int:
 @cache
 def _stream(device_index: int, purpose: str) -> torch.cuda.Stream:
     return torch.cuda.Stream(device_index)  # type: ignore[no-untyped-call,unused-ignore]
+
+
+@contextmanager
+def _stalling(pool: DevicePool) -> Iterator[None]:
+    """What is done inside stalls the step: its time, by the host's clock, from when the step's work so far is done."""
+
+    def time_ns() -> int:
+        if pool.slots.is_cuda:
+            torch.cuda.current_stream(pool.slots.device).synchronize()
+        return perf_counter_ns()
+
+    began = time_ns()
+    yield
+    pool.stalled += time_ns() - began
 
 
 def fetch(store: HostStore, pool: DevicePool, rows: Tensor) -> None:
