@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flex_tls.kernels.ask import ask
-from flex_tls.kernels.follow import follow, precede
+from flex_tls.kernels.follow import follow
 from flex_tls.kernels.labels import parts_before, places_of
 from flex_tls.kernels.rows import locate
 from flex_tls.kernels.tiles import NATIVE, padded
@@ -22,7 +22,6 @@ def ask_rows(
 ):  # fmt: skip
     """Program (0, row)."""
     follow(NATIVE)
-    precede(NATIVE)
     row, head, _ = locate(seq_lens, n_heads, T)
     ask(q, to_query, low, step, asked, base, unit, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
         filter_dims, D, DP, C, W, BITS, GROUP, GP, PLACES, NATIVE)  # fmt: skip

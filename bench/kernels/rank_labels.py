@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_tls.kernels.follow import follow, precede
+from flex_tls.kernels.follow import follow
 from flex_tls.kernels.keep_best import make_key
 from flex_tls.kernels.labels import dot_codes, load_asked, load_codes, parts_before
 from flex_tls.kernels.rows import locate
@@ -37,7 +37,6 @@ def rank_labels(
     LISTED: the blocks are those of ``blocks`` [n], and their tokens are kept; else all blocks, and blocks are kept.
     """
     follow(NATIVE)
-    precede(NATIVE)
     row, _, _ = locate(seq_lens, n_heads, 1)
     codes += row * W * S
     keys += row * key_stride

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_tls.kernels.follow import follow, precede
+from flex_tls.kernels.follow import follow
 from flex_tls.kernels.keep_best import make_key
 from flex_tls.kernels.tiles import NATIVE, n_processors, padded
 
@@ -26,7 +26,6 @@ def score_boxes(
 ):  # fmt: skip
     """Program (i, row) scores TILES times PER blocks; the row's last program chooses."""
     follow(NATIVE)
-    precede(NATIVE)
     row = tl.program_id(1).to(tl.int64)
     g = tl.arange(0, ROWS)
     d = tl.arange(0, DP)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .follow import follow, precede
+from .follow import follow
 from .int8 import dequantised, quantised
 from .labels import locate_channels, pack_codes, places_of, quantise_codes
 from .tiles import NATIVE, padded
@@ -23,7 +23,6 @@ def append(
 ):  # fmt: skip
     """Program ``row`` writes one token of one KV head."""
     follow(NATIVE)
-    precede(NATIVE)
     row = tl.program_id(0).to(tl.int64)
     head, t = row // T, row % T
     b, h = head // n_heads, head % n_heads

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .follow import prefetch
 from .labels import locate_bytes, locate_channels, parts_before
+from .rows import query_of
 from .scatter import scatter
 
 
@@ -23,7 +24,7 @@ def prefetch_ask(
     prefetch(low + channel)
     prefetch(step + channel)
     g = tl.minimum(tl.arange(0, GP), GROUP - 1)[:, None]
-    q += head // n_heads * q_stride_b + head % n_heads * GROUP * q_stride_h + row % T * q_stride_t
+    q = query_of(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t, GROUP)
     prefetch(q + g * q_stride_h + tl.minimum(tl.arange(0, max(1, DP // 32)) * 32, D - 1)[None])
 
 
@@ -54,7 +55,7 @@ def ask(
     steps = tl.load(step + head * C + c, there_c, other=0.0)
     # Half of the largest code
     middle = ((1 << bits) - 1).to(tl.float32) / 2
-    q += head // n_heads * q_stride_b + head % n_heads * GROUP * q_stride_h + row % T * q_stride_t
+    q = query_of(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t, GROUP)
     for first in tl.static_range(0, GROUP, HEADS):
         g = first + tl.arange(0, HEADS)
         there = g < GROUP

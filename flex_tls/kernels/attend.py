@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .follow import follow, precede
+from .follow import follow
 from .int8 import dequantised
-from .rows import locate
+from .rows import locate, query_of
 from .scatter import scatter
 from .tiles import NATIVE, Tiles, padded
+from .tuples import extended
 
 # Base-2 exponents: one multiplication less for each weight
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -23,7 +24,7 @@ def load_query(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t,
     """The heads of one query token, [ROWS, DP]."""
     g = tl.arange(0, ROWS)[:, None]
     d = tl.arange(0, DP)[None]
-    q += head // n_heads * q_stride_b + head % n_heads * GROUP * q_stride_h + row % T * q_stride_t
+    q = query_of(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t, GROUP)
     return tl.load(q + g * q_stride_h + d, (g < GROUP) & (d < D), other=0.0)
 
 
@@ -109,7 +110,7 @@ def set_aside(acc, top, total, partial, partial_lse, entry, D: tl.constexpr, DP:
 @triton.jit
 def finish(acc, top, total, partial, partial_lse, arrival, out, lse, row, head, T,
            D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr,
-           PROGRAMS: tl.constexpr, BEFORE: tl.constexpr, PP: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+           PROGRAMS: tl.constexpr, BEFORE: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Write the row's output: at once, or by the last of its programs. True in that program, and in a single one.
 
     BEFORE parts of the row are there already, set aside by an earlier launch.
@@ -135,7 +136,7 @@ def finish(acc, top, total, partial, partial_lse, arrival, out, lse, row, head, 
         if last:
             if PROGRAMS > 1:
                 tl.store(arrival, 0)
-            _merge(partial, partial_lse, out, lse, row % T, T, D, GROUP, PARTS, min(DP * GP, 512), min(PP, 16))
+            _merge(partial, partial_lse, out, lse, row % T, T, D, GROUP, PARTS, min(DP * GP, 512), min(PARTS, 16))
     return last
 
 
@@ -170,13 +171,14 @@ def _merge(partial, partial_lse, out, lse, t, T,
             parts, lses = (), ()
             higher = top
             for i in tl.static_range(AT_ONCE):
+                # A vector: the interpreter has no conjunction of a number's truth with a vector's
                 p = tl.zeros_like(column) + (first + i)
                 mine = there & (p < PARTS)
                 part_lse = tl.load(partial_lse + p * GROUP + g, mine, other=float("-inf"), cache_modifier=".cg")
                 part = tl.load(partial + p * GROUP * D + column, mine, other=0.0, cache_modifier=".cg")
                 higher = tl.maximum(higher, part_lse)
-                lses = lses + (part_lse,)  # type: ignore[assignment]  # noqa: RUF005
-                parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
+                lses = extended(lses, part_lse)
+                parts = extended(parts, part)
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             fade = tl.exp2(top - shift)
             total, acc, top = total * fade, acc * fade, higher
@@ -197,11 +199,10 @@ def attend(
     n_heads, T, K, per_program, scale,
     D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PROGRAMS: tl.constexpr,
-    PP: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, row) attends to entries ``i * per_program`` and on of the row's list; the last program merges."""
     follow(NATIVE)
-    precede(NATIVE)
     row, head, position = locate(seq_lens, n_heads, T)
     if MODE == "all":
         # What the row holds is shared, not what the cache has room for
@@ -220,7 +221,7 @@ def attend(
         k_stride_s, v_stride_s, 0, 0, D, DP, ROWS, BLOCK_SIZE, MODE, False, "all", False, TILE, STAGES, PRECISION,
     )  # fmt: skip
     finish(acc, top, total, partial, partial_lse, arrivals + row, out, lse, row, head, T,
-           D, DP, GROUP, GP, ROWS, PROGRAMS, 0, PP, NATIVE)  # fmt: skip
+           D, DP, GROUP, GP, ROWS, PROGRAMS, 0, NATIVE)  # fmt: skip
 
 
 def launch_attend(
@@ -249,7 +250,7 @@ def launch_attend(
         v.stride(0), v.stride(1), v.stride(2), hkv, t, entries, per_program, scale,
         D=d, DP=padded(d, 16), GROUP=group, GP=padded(group), ROWS=padded(group, 16), BLOCK_SIZE=block_size,
         MODE="all" if ids is None else "blocks" if by_block else "tokens", TILE=tile, STAGES=tiles.attend_stages,
-        PROGRAMS=programs, PP=padded(programs), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PROGRAMS=programs, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         NATIVE=NATIVE, num_warps=tiles.warps, launch_pdl=NATIVE,
     )  # fmt: skip
     return out, lse

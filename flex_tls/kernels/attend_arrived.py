@@ -22,7 +22,7 @@ def attend_arrived(
     page_stride_k, page_stride_v, scale_stride_h, n_pages, n_heads, T, N, K, scale,
     D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BY_BLOCK: tl.constexpr, INT8: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    PROGRAMS: tl.constexpr, PP: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
+    PROGRAMS: tl.constexpr, PRECISION: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, row) looks at its share of the row's list; the last one merges all parts."""
     row, head, position = locate(seq_lens, n_heads, T)
@@ -38,7 +38,7 @@ def attend_arrived(
         ROWS, BLOCK_SIZE, "blocks" if BY_BLOCK else "tokens", True, "arrived", INT8, TILE, STAGES, PRECISION,
     )  # fmt: skip
     finish(acc, top, total, partial, partial_lse, arrivals + row, out, lse, row, head, T,
-           D, DP, GROUP, GP, ROWS, PROGRAMS, PROGRAMS, PP, NATIVE)  # fmt: skip
+           D, DP, GROUP, GP, ROWS, PROGRAMS, PROGRAMS, NATIVE)  # fmt: skip
 
 
 def launch_attend_arrived(
@@ -64,7 +64,7 @@ def launch_attend_arrived(
         arrived.shape[2], hkv, t, pages.shape[-1], ids.shape[1], scale,
         D=d, DP=padded(d, 16), GROUP=group, GP=padded(group), ROWS=padded(group, 16), BLOCK_SIZE=block_size,
         BY_BLOCK=by_block, INT8=scales is not None, TILE=tiles.attend_tile, STAGES=tiles.attend_stages,
-        PROGRAMS=programs, PP=padded(2 * programs), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PROGRAMS=programs, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         NATIVE=NATIVE, num_warps=tiles.warps,
     )  # fmt: skip
     return out

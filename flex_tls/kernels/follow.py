@@ -1,8 +1,4 @@
-"""Launches that overlap: a kernel is set up while the one before it still runs (programmatic dependent launch).
-
-First :func:`follow`, then :func:`precede`: the other way round three launches are under way at once, and programs of
-the third take whatever room they find, two on one processor and none on another (docs/design.md, section 8).
-"""
+"""Launches that overlap: a kernel is set up while the one before it still runs (programmatic dependent launch)."""
 
 from __future__ import annotations
 
@@ -12,17 +8,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def precede(NATIVE: tl.constexpr):
-    """Let the next kernel be set up now; it waits by itself."""
-    if NATIVE:
-        gdc_launch_dependents()
-
-
-@triton.jit
 def follow(NATIVE: tl.constexpr):
-    """Wait until all before is done and visible: before anything is written, and before what may be new is read."""
+    """Wait until all before is done and visible: before anything is written, and before what may be new is read.
+
+    Only then is the next kernel set up, which waits by itself. Were it earlier, three launches would be under way at
+    once, and programs of the third take whatever room they find, two on one processor and none on another
+    (docs/design.md, section 8).
+    """
     if NATIVE:
         gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

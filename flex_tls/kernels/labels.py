@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tuples import extended
+
 
 @triton.constexpr_function
 def places_of(bits: tuple[int, ...]) -> int:
@@ -107,7 +109,7 @@ def load_codes(codes, slot, mask, stride, READ: tl.constexpr):
     """The first READ words of the codes of ``slot`` [X, Y]: a tuple, so that a thread holds all words of its tokens."""
     words = ()
     for w in tl.static_range(READ):
-        words = words + (tl.load(codes + w * stride + slot, mask, other=0),)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no unpacking
+        words = extended(words, tl.load(codes + w * stride + slot, mask, other=0))
     return words
 
 
@@ -117,9 +119,9 @@ def load_asked(asked, base, unit, which, READ: tl.constexpr, W: tl.constexpr, BI
     parts, bases, units = (), (), ()
     for g in tl.static_range(GROUP):
         for part in tl.static_range(parts_before(BITS, READ)):
-            parts = parts + (tl.load(asked + g * parts_before(BITS, W) + part),)  # type: ignore[assignment]  # noqa: RUF005
-        bases = bases + (tl.load(base + 2 * g + which),)  # type: ignore[assignment]  # noqa: RUF005
-        units = units + (tl.load(unit + g),)  # type: ignore[assignment]  # noqa: RUF005
+            parts = extended(parts, tl.load(asked + g * parts_before(BITS, W) + part))
+        bases = extended(bases, tl.load(base + 2 * g + which))
+        units = extended(units, tl.load(unit + g))
     return parts, bases, units
 
 

@@ -16,6 +16,12 @@ def locate(seq_lens, n_heads, T):
 
 
 @triton.jit
+def query_of(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t, GROUP: tl.constexpr):
+    """Where the row's query token lies in q [B, HQ, T, D]: its first head, the others are ``q_stride_h`` apart."""
+    return q + head // n_heads * q_stride_b + head % n_heads * GROUP * q_stride_h + row % T * q_stride_t
+
+
+@triton.jit
 def share(n, PROGRAMS: tl.constexpr):
     """Which of ``n`` things of its row are the program's: from, up to."""
     per = tl.cdiv(n, PROGRAMS)

@@ -17,10 +17,10 @@ def _store(width: int) -> str:
 
 @triton.jit
 def scatter(pointers, value, mask, NATIVE: tl.constexpr):
-    """``value``, of 8, 16 or 32 bits and the pointers' dtype, where ``mask``; one of each for every pointer."""
+    """``value``, of 8 or 32 bits and the pointers' dtype, where ``mask``; one of each for every pointer."""
     if NATIVE:
         WIDTH: tl.constexpr = value.dtype.primitive_bitwidth
-        bits = value.to(tl.int32 if WIDTH == 32 else tl.int16 if WIDTH == 16 else tl.int8, bitcast=True).to(tl.int32)
+        bits = value.to(tl.int32 if WIDTH == 32 else tl.int8, bitcast=True).to(tl.int32)
         tl.inline_asm_elementwise(
             _store(WIDTH), "=r,l,r,r", [pointers, bits, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
         )

@@ -9,6 +9,7 @@ from .follow import prefetch
 from .keep_best import make_key, pair
 from .labels import dot_codes, largest_dot, load_asked, load_codes
 from .scatter import scatter
+from .tuples import extended
 
 # Level 2 reads more channels than level 1 normalised by: an exponent that float32 still holds
 MOST: tl.constexpr = tl.constexpr(80.0)
@@ -62,8 +63,8 @@ def score_blocks(
     weights, shifts, sizes = load_asked(asked, base, unit, 0, READ, W, BITS, GROUP)
     tops, totals = (), ()
     for _ in tl.static_range(GROUP if SOFTMAX else 0):
-        tops = tops + (tl.full((PER,), LEAST, tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-        totals = totals + (tl.zeros((PER,), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        tops = extended(tops, tl.full((PER,), LEAST, tl.float32))
+        totals = extended(totals, tl.zeros((PER,), tl.float32))
     for start in tl.range(first, end, PER, num_stages=STAGES):
         block = start + tl.arange(0, PER)
         mine = block < end
@@ -90,8 +91,8 @@ def score_blocks(
                 top = tl.maximum(tops[g], score)
                 more = tl.where(mine, _exp(score - top, NATIVE), 0.0)
                 total = totals[g] * _exp(tops[g] - top, NATIVE) + more
-                new_tops = new_tops + (top,)  # type: ignore[assignment]  # noqa: RUF005
-                new_totals = new_totals + (total,)  # type: ignore[assignment]  # noqa: RUF005
+                new_tops = extended(new_tops, top)
+                new_totals = extended(new_totals, total)
         tops, totals = new_tops, new_totals
     if SOFTMAX:
         # All heads cross the threads at once
@@ -115,11 +116,11 @@ def _stacked(columns, N: tl.constexpr, P: tl.constexpr):
     """N tensors [P] as one, [P, N]; the last of them again up to a power of two."""
     LEVELS: tl.constexpr = _halvings(N)
     for _ in tl.static_range(2**LEVELS - N):
-        columns = columns + (columns[N - 1],)  # noqa: RUF005 - Triton has no unpacking
+        columns = extended(columns, columns[N - 1])
     for level in tl.static_range(LEVELS):
         joined = ()
         for i in tl.static_range(2 ** (LEVELS - 1 - level)):
-            joined = joined + (tl.join(columns[i], columns[i + 2 ** (LEVELS - 1 - level)]),)  # type: ignore[assignment]  # noqa: RUF005
+            joined = extended(joined, tl.join(columns[i], columns[i + 2 ** (LEVELS - 1 - level)]))
         columns = joined
     return tl.reshape(columns[0], (P, 2**LEVELS))
 
@@ -139,16 +140,16 @@ def join_norms(parts, norms, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, PP: tl
     ``parts`` [PROGRAMS, G, 2] are those of a row's programs. A warp has those of all programs, and asks no other.
     """
     p = tl.arange(0, PP)
-    loaded = ()
+    their_tops, their_totals = (), ()
     for g in tl.static_range(GROUP):
         at = parts + (p * GROUP + g) * 2
-        loaded = loaded + (tl.load(at, p < PROGRAMS, other=LEAST, cache_modifier=".cg"),)  # type: ignore[assignment]  # noqa: RUF005
-        loaded = loaded + (tl.load(at + 1, p < PROGRAMS, other=0.0, cache_modifier=".cg"),)  # type: ignore[assignment]  # noqa: RUF005
+        their_tops = extended(their_tops, tl.load(at, p < PROGRAMS, other=LEAST, cache_modifier=".cg"))
+        their_totals = extended(their_totals, tl.load(at + 1, p < PROGRAMS, other=0.0, cache_modifier=".cg"))
     tops, shares = (), ()
     for g in tl.static_range(GROUP):
-        top, total = _join(loaded[2 * g], loaded[2 * g + 1], NATIVE)
-        tops = tops + (top,)  # type: ignore[assignment]  # noqa: RUF005
-        shares = shares + (1 / (tl.maximum(total, 1e-37) * GROUP),)  # type: ignore[assignment]  # noqa: RUF005
+        top, total = _join(their_tops[g], their_totals[g], NATIVE)
+        tops = extended(tops, top)
+        shares = extended(shares, 1 / (tl.maximum(total, 1e-37) * GROUP))
         tl.store(norms + 2 * g, tops[g])
         tl.store(norms + 2 * g + 1, shares[g])
     return tops, shares

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .ask import ask, prefetch_ask
 from .attend import attend_range, finish, load_query, set_aside
-from .follow import follow, precede
+from .follow import follow
 from .keep_best import find_edge, load_words, write_list
 from .labels import channels_before, parts_before, places_of
 from .rows import leave, locate, meet, share
@@ -38,8 +38,8 @@ LAST_PHASE = 3
 @triton.jit
 def two_level(
     q, k, v, seq_lens, codes, to_query, low, step, scales, pages, arrived, clock,
-    asked, asked_bytes, base, unit, scores, norms, norm_parts, block_words, blocks, block_counts, words, keys, ids,
-    counts, partial, partial_lse, arrivals, out, lse,
+    asked, asked_bytes, base, unit, scores, norms, block_words, blocks, block_counts, words, keys, ids,
+    counts, norm_parts, partial, partial_lse, arrivals, out, lse,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     page_stride_k, page_stride_v, scale_stride_h, n_pages, arrivals_stride, score_stride, word_stride, n_heads, T,
     N, K, M, scale, sinks, recent, filter_dims,
@@ -61,8 +61,6 @@ def two_level(
         first, end = share(tl.minimum(tl.maximum(position // BLOCK_SIZE + 1, 0), N), PROGRAMS)
         prefetch_labels(codes + head * W * N * BLOCK_SIZE, first, end, N, READ, BLOCK_SIZE, 256)
     follow(NATIVE)
-    # Not earlier: while two launches are under way, the programs of a third would share processors unevenly
-    precede(NATIVE)
     row, head, position = locate(seq_lens, n_heads, T)
     codes += head * W * N * BLOCK_SIZE
     scores += row * GROUP * score_stride
@@ -141,7 +139,7 @@ def two_level(
             leave(arrivals, arrivals_stride, PROGRAMS)
         else:
             last = finish(acc, top, total, partial, partial_lse, arrivals + 2 * arrivals_stride, out, lse, row, head, T,
-                          D, DP, GROUP, GP, ROWS, PROGRAMS, 0, PP, NATIVE)  # fmt: skip
+                          D, DP, GROUP, GP, ROWS, PROGRAMS, 0, NATIVE)  # fmt: skip
             if (PROGRAMS > 1) & last:
                 # All programs have met, and left
                 tl.store(arrivals, 0)
@@ -225,7 +223,7 @@ def launch_two_level(
     parts = programs if arrived is None else 2 * programs
     partial = new(rows, parts, group, d, dtype=f32) if parts > 1 else lse
     partial_lse = new(rows, parts, group, dtype=f32) if parts > 1 else lse
-    norm_parts = new(rows, programs, group, 2, dtype=f32)
+    norm_parts = new(rows, programs, group, 2, dtype=f32) if start == 0 else lse
     stop = LAST_PHASE if k is not None else 1
     keys, values = (q if x is None else x for x in (k, v))
     page_stride_k, page_stride_v = (keys.stride(2), values.stride(2)) if pages is not None else (0, 0)
@@ -236,8 +234,8 @@ def launch_two_level(
         two_level[(programs, rows)](
             q, keys, values, seq_lens, codes, to_query, low, step, arrivals if scales is None else scales,
             arrivals if pages is None else pages, arrivals if arrived is None else arrived,
-            arrivals if clock is None else clock, work.asked, work.asked.view(torch.int8), *work[1:5],
-            norm_parts, *work[5:9], work.words.view(torch.int16), *work[9:], partial, partial_lse, arrivals, out, lse,
+            arrivals if clock is None else clock, work.asked, work.asked.view(torch.int8), *work[1:9],
+            work.words.view(torch.int16), *work[9:], norm_parts, partial, partial_lse, arrivals, out, lse,
             q.stride(0), q.stride(1), q.stride(2), keys.stride(0), keys.stride(1), keys.stride(-2),
             values.stride(0), values.stride(1), values.stride(-2), page_stride_k, page_stride_v,
             0 if scales is None else scales.stride(1), 0 if arrived is None else arrived.shape[2], arrivals.stride(0),

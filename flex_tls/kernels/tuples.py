@@ -1,0 +1,11 @@
+"""Tuples that grow: Triton has no lists, and no unpacking."""
+
+from __future__ import annotations
+
+import triton
+
+
+@triton.jit
+def extended(values, value):
+    """The tuple ``values`` with one more."""
+    return values + (value,)  # noqa: RUF005 - see above
