@@ -17,8 +17,8 @@ def plan_residency(
     ids, scores, start, seq_lens, slot_of_block, block_of_slot, last_used, arrived, clock, begins, lens,
     fetch_block, fetch_slot, fetch_count, waits, counters, missing_mass, attended, attended_count,
     n_heads, W, N, P, A, R, score_stride, n_ahead, waits_above,
-    BLOCK_SIZE: tl.constexpr, WP: tl.constexpr, OPEN: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr,
-    AP: tl.constexpr, SCORED: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WP: tl.constexpr, OPEN: tl.constexpr, PP: tl.constexpr, SCORED: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Program ``row`` plans for one row and KV head."""
     row = tl.program_id(0).to(tl.int64)
@@ -107,21 +107,17 @@ def plan_residency(
 
     attended += row * A
     if RESIDENT:
+        # What the slots hold now, in whatever order
         tl.debug_barrier()
-        n = tl.arange(0, NP)
-        place = tl.load(slot_of_block + n, n < N, other=-1)
-        since = tl.load(arrived + place, place >= 0, other=0)
-        keep = (place >= 0) & (((since != now).to(tl.int32) + wait) > 0) & (n <= (end - 1) // BLOCK_SIZE)
-        what = n
+        held = tl.load(block_of_slot + s, s < P, other=-1)
+        since = tl.load(arrived + s, s < P, other=0)
+        keep = (held >= 0) & (((since != now).to(tl.int32) + wait) > 0) & (held <= (end - 1) // BLOCK_SIZE)
+        kept, entry = tl.where(keep, held, N), s
     else:
         keep = selected & ((hit.to(tl.int32) + wait) > 0)
-        what = block
-    order = tl.cumsum(keep.to(tl.int32), 0)
-    n_kept = tl.sum(keep.to(tl.int32), 0)
-    tl.store(attended + order - 1, what, keep)
-    entry = tl.arange(0, AP)
-    tl.store(attended + entry, tl.zeros((AP,), tl.int32) + N, (entry >= n_kept) & (entry < A))
-    tl.store(attended_count + row, n_kept)
+        kept, entry = tl.where(keep, block, N), lane
+    tl.store(attended + entry, tl.sort(kept), entry < A)
+    tl.store(attended_count + row, tl.sum(keep.to(tl.int32), 0))
 
 
 def launch_plan_residency(
@@ -139,13 +135,13 @@ def launch_plan_residency(
     n, p = slot_of_block.shape[2], block_of_slot.shape[2]
     a = p if resident_too else w
     attended, counts = ids.new_empty(b, hkv, a), ids.new_empty(b, hkv)
-    wide = padded(max(p, n if resident_too else 1, w + n_open))
+    wide = padded(max(p, w + n_open))
     plan_residency[(b * hkv,)](
         ids, missing_mass if scores is None else scores, start, seq_lens, slot_of_block, block_of_slot, last_used,
         arrived, clock, begins, lens, fetch_block, fetch_slot, fetch_count, waits, counters, missing_mass, attended,
         counts, hkv, w, n, p, a, 1 if scores is None else scores.shape[2],
         n if scores is None else scores.shape[3], n_ahead, waits_above,
-        BLOCK_SIZE=block_size, WP=padded(w + n_open), OPEN=n_open, PP=padded(p), NP=padded(n), AP=padded(a),
-        SCORED=scores is not None, RESIDENT=resident_too, num_warps=4 if wide <= 2048 else 8,
+        BLOCK_SIZE=block_size, WP=padded(w + n_open), OPEN=n_open, PP=padded(p), SCORED=scores is not None,
+        RESIDENT=resident_too, num_warps=4 if wide <= 2048 else 8,
     )  # fmt: skip
     return attended, counts
