@@ -41,7 +41,7 @@ COORDINATES: dict[str, tuple[int, ...]] = {
     "rank_words": (2048, 4096, 8192),
     "attend_tile": (32, 64, 128),
     "attend_stages": (2, 3),
-    "choose": (4096, 8192),
+    "choose": (8192, 16384),
 }
 # Shares of the time: what a step must win to be taken, and all of them to be written
 WORTH_A_STEP, WORTH_AN_ENTRY = 0.005, 0.02

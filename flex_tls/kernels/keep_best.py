@@ -37,13 +37,6 @@ def make_key(rank, alive, forced, POSITIVE: tl.constexpr):
 
 
 @triton.jit
-def pair(key, BN: tl.constexpr):
-    """Keys [BN] -> words [BN / 2]."""
-    low, high = tl.split(tl.reshape(key, (BN // 2, 2)))
-    return low | (high << 16)
-
-
-@triton.jit
 def load_words(words, chunk, n, BN: tl.constexpr):
     """Words [BN / 2] of one chunk of ``n`` keys; there is room for whole chunks."""
     place = chunk * (BN // 2) + tl.arange(0, BN // 2)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .tiles import padded
 
+# Of heads and blocks: what a few warps hold in registers
+SCORES_AT_ONCE = 4096
+
 
 @triton.jit
 def plan_residency(
@@ -18,7 +21,7 @@ def plan_residency(
     fetch_block, fetch_slot, fetch_count, waits, counters, missing_mass, attended, attended_count,
     n_heads, W, N, P, A, R, score_stride, n_ahead, waits_above,
     BLOCK_SIZE: tl.constexpr, WP: tl.constexpr, OPEN: tl.constexpr, PP: tl.constexpr, SCORED: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    RP: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Program ``row`` plans for one row and KV head."""
     row = tl.program_id(0).to(tl.int64)
@@ -31,6 +34,12 @@ def plan_residency(
     arrived += row * P
     fetch_block += row * P
     fetch_slot += row * P
+    # Asked for early: nothing below writes it before it is used, and a way to memory is long
+    s = tl.arange(0, PP)
+    held = tl.load(block_of_slot + s, s < P, other=-1)
+    which = tl.arange(0, 8)
+    counters += row * 6 + which
+    counted, lost_before = tl.load(counters, which < 6, other=0), tl.load(missing_mass + row)
     # Needed blocks: the selected ones, and behind them those of new tokens that are not among them
     lane = tl.arange(0, WP)
     block = tl.load(ids + row * W + lane, lane < W, other=N)
@@ -42,14 +51,23 @@ def plan_residency(
         block = tl.where((lane == W + i) & (opened <= last) & (known == 0), opened, block)
     needed = block < N
     slot = tl.load(slot_of_block + block, needed, other=-1)
+    lost = 0.0
+    if SCORED:
+        for first in range(0, R, RP):
+            r = first + tl.arange(0, RP)
+            mine = (r < R)[:, None] & selected[None]
+            score = tl.load(scores + (row * R + r)[:, None] * score_stride + block[None], mine, other=float("-inf"))
+            top = tl.max(score, 1)
+            weight = tl.exp(score - tl.where(top == float("-inf"), 0.0, top)[:, None])
+            gone = tl.sum(tl.where((slot < 0)[None], weight, 0.0), 1)
+            lost += tl.sum(gone / tl.maximum(tl.sum(weight, 1), 1.1754944e-38), 0)
+        lost = lost / R
     hit = needed & (slot >= 0)
     absent = needed & (slot < 0)
     n_absent = tl.sum(absent.to(tl.int32), 0)
     # A slot that is used now is no victim
     tl.store(last_used + slot, now, hit)
     tl.debug_barrier()
-    s = tl.arange(0, PP)
-    held = tl.load(block_of_slot + s, s < P, other=-1)
     used = tl.load(last_used + s, s < P, other=0)
     free = (s < P) & (used != now)
     age = tl.where(held < 0, -1, used)
@@ -65,10 +83,9 @@ def plan_residency(
     same = (free & (age == edge)).to(tl.int32)
     room = n_absent - tl.sum(older.to(tl.int32), 0)
     victim = older | ((same != 0) & (tl.cumsum(same, 0) <= room))
-    order = tl.cumsum(victim.to(tl.int32), 0) - 1
-    tl.store(fetch_slot + order, s, victim)
-    order = tl.cumsum(absent.to(tl.int32), 0) - 1
-    tl.store(fetch_block + order, block, absent)
+    nth = tl.cumsum(victim.to(tl.int32), 0) - 1
+    tl.store(fetch_slot + nth, s, victim)
+    tl.store(fetch_block + tl.cumsum(absent.to(tl.int32), 0) - 1, block, absent)
     tl.store(slot_of_block + held, -1, victim & (held >= 0))
     tl.debug_barrier()
     new_block = tl.load(fetch_block + lane, lane < n_absent, other=0)
@@ -78,40 +95,27 @@ def plan_residency(
     tl.store(last_used + new_slot, now, lane < n_absent)
     tl.store(arrived + new_slot, now, lane < n_absent)
 
-    missing = absent & selected
-    lost = 0.0
-    if SCORED:
-        for r in range(R):
-            score = tl.load(scores + (row * R + r) * score_stride + block, selected, other=float("-inf"))
-            top = tl.max(score, 0)
-            weight = tl.exp(score - tl.where(top == float("-inf"), 0.0, top))
-            lost += tl.sum(tl.where(missing, weight, 0.0), 0) / tl.maximum(tl.sum(weight, 0), 1.1754944e-38)
-        lost = lost / R
     # An integer: the interpreter has no conjunction of a number's truth with a vector's
     wait = tl.where(lost > waits_above, 1, 0)
     n_selected = tl.sum(selected.to(tl.int32), 0)
-    n_missing = tl.sum(missing.to(tl.int32), 0)
+    n_missing = tl.sum((absent & selected).to(tl.int32), 0)
     tl.store(waits + row, wait)
     tl.store(fetch_count + row, n_absent)
     tl.store(clock + row, now)
     tl.store(begins + row, begin)
     tl.store(lens + row, end)
-    counters += row * 6
-    tl.store(counters, tl.load(counters) + (n_selected > 0).to(tl.int64))
-    tl.store(counters + 1, tl.load(counters + 1) + n_selected)
-    tl.store(counters + 2, tl.load(counters + 2) + n_missing)
-    tl.store(counters + 3, tl.load(counters + 3) + n_absent)
-    tl.store(counters + 4, tl.load(counters + 4) + wait * tl.minimum(n_missing, 1))
-    tl.store(counters + 5, tl.load(counters + 5) + (end - begin))
-    tl.store(missing_mass + row, tl.load(missing_mass + row) + lost)
+    count = tl.where(which == 0, tl.minimum(n_selected, 1), tl.where(which == 1, n_selected, 0))
+    count = tl.where(which == 2, n_missing, tl.where(which == 3, n_absent, count))
+    count = tl.where(which == 4, wait * tl.minimum(n_missing, 1), tl.where(which == 5, end - begin, count))
+    tl.store(counters, counted + count, which < 6)
+    tl.store(missing_mass + row, lost_before + lost)
 
     attended += row * A
     if RESIDENT:
-        # What the slots hold now, in whatever order
-        tl.debug_barrier()
-        held = tl.load(block_of_slot + s, s < P, other=-1)
-        since = tl.load(arrived + s, s < P, other=0)
-        keep = (held >= 0) & (((since != now).to(tl.int32) + wait) > 0) & (held <= (end - 1) // BLOCK_SIZE)
+        # A victim's slot has a new block: for who waits for it
+        came = tl.load(fetch_block + nth, tl.where(victim, wait, 0) > 0, other=N)
+        held = tl.where(victim, came, held)
+        keep = (held >= 0) & (held <= (end - 1) // BLOCK_SIZE)
         kept, entry = tl.where(keep, held, N), s
     else:
         keep = selected & ((hit.to(tl.int32) + wait) > 0)
@@ -135,13 +139,13 @@ def launch_plan_residency(
     n, p = slot_of_block.shape[2], block_of_slot.shape[2]
     a = p if resident_too else w
     attended, counts = ids.new_empty(b, hkv, a), ids.new_empty(b, hkv)
-    wide = padded(max(p, w + n_open))
+    lanes, n_scored = padded(w + n_open), 1 if scores is None else scores.shape[2]
     plan_residency[(b * hkv,)](
         ids, missing_mass if scores is None else scores, start, seq_lens, slot_of_block, block_of_slot, last_used,
         arrived, clock, begins, lens, fetch_block, fetch_slot, fetch_count, waits, counters, missing_mass, attended,
-        counts, hkv, w, n, p, a, 1 if scores is None else scores.shape[2],
-        n if scores is None else scores.shape[3], n_ahead, waits_above,
-        BLOCK_SIZE=block_size, WP=padded(w + n_open), OPEN=n_open, PP=padded(p), SCORED=scores is not None,
-        RESIDENT=resident_too, num_warps=4 if wide <= 2048 else 8,
+        counts, hkv, w, n, p, a, n_scored, n if scores is None else scores.shape[3], n_ahead, waits_above,
+        BLOCK_SIZE=block_size, WP=lanes, OPEN=n_open, PP=padded(p), SCORED=scores is not None,
+        RP=min(padded(n_scored), max(1, SCORES_AT_ONCE // lanes)), RESIDENT=resident_too,
+        num_warps=4 if max(lanes, padded(p)) <= 2048 else 8,
     )  # fmt: skip
     return attended, counts

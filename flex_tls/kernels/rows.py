@@ -30,17 +30,18 @@ def share(n, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def meet(counter, PROGRAMS: tl.constexpr):
+def meet(counter, PROGRAMS: tl.constexpr, TIMES: tl.constexpr = 1):
     """Wait until every program of the row is here; what each of them wrote is then there for loads past the L1 (.cg).
 
-    All programs of the row must be running at once. One program has nobody to wait for but its own threads.
+    All programs of the row must be running at once. One program has nobody to wait for but its own threads. TIMES: 2
+    where they meet at the same counter a second time.
     """
     tl.debug_barrier()
     if PROGRAMS > 1:
         tl.atomic_add(counter, 1, sem="release")
         # Every thread looks for itself, and so sees what the others released
         while tl.inline_asm_elementwise("ld.acquire.gpu.global.u32 $0, [$1];", "=r,l", [counter],
-                                        dtype=tl.int32, is_pure=False, pack=1) < PROGRAMS:  # fmt: skip
+                                        dtype=tl.int32, is_pure=False, pack=1) < TIMES * PROGRAMS:  # fmt: skip
             pass
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .follow import prefetch
-from .keep_best import make_key, pair
+from .keep_best import make_key
 from .labels import dot_codes, largest_dot, load_asked, load_codes
 from .scatter import scatter
 from .tuples import extended
@@ -156,39 +156,26 @@ def join_norms(parts, norms, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, PP: tl
 
 
 @triton.jit
-def _block_keys(scores, chunk, tops, shares, n, position, sinks, recent, score_stride,
+def rank_blocks(scores, tops, shares, keys, first, end, position, sinks, recent, score_stride,
                 GROUP: tl.constexpr, BN: tl.constexpr, BLOCK_SIZE: tl.constexpr, REDUCE: tl.constexpr,
                 NATIVE: tl.constexpr):  # fmt: skip
-    """Keys int32 [BN] of one chunk's blocks."""
-    place = chunk * BN + tl.arange(0, BN)
-    rank = tl.full((BN,), float("-inf") if REDUCE == "max" else 0.0, tl.float32)
-    for g in tl.static_range(GROUP):
-        score = tl.where(place < n, tl.load(scores + g * score_stride + place), float("-inf"))
-        if REDUCE == "softmax_mean":
-            rank += _exp(score - tops[g], NATIVE) * shares[g]
-        elif REDUCE == "max":
-            rank = tl.maximum(rank, score)
-        else:
-            rank += score / GROUP
-    first = place * BLOCK_SIZE
-    forced = (first < sinks) | (first + BLOCK_SIZE - 1 > position - recent)
-    return make_key(rank, place < n, forced, REDUCE == "softmax_mean")
-
-
-@triton.jit
-def rank_blocks(scores, tops, shares, words, n, position, sinks, recent, score_stride,
-                GROUP: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-                REDUCE: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """Keys of the row's ``n`` blocks, in words: the first chunk's are returned, the others are in ``words``."""
-    for chunk in range(1, CHUNKS):
-        key = _block_keys(scores, chunk, tops, shares, n, position, sinks, recent, score_stride,
-                          GROUP, BN, BLOCK_SIZE, REDUCE, NATIVE)  # fmt: skip
-        tl.store(words + chunk * (BN // 2) + tl.arange(0, BN // 2), pair(key, BN))
-    key = _block_keys(scores, 0, tops, shares, n, position, sinks, recent, score_stride,
-                      GROUP, BN, BLOCK_SIZE, REDUCE, NATIVE)  # fmt: skip
-    if CHUNKS > 1:
-        tl.debug_barrier()
-    return pair(key, BN)
+    """Keys int16 of blocks ``first`` to ``end``, BN at a time."""
+    for start in range(first, end, BN):
+        place = start + tl.arange(0, BN)
+        mine = place < end
+        rank = tl.full((BN,), float("-inf") if REDUCE == "max" else 0.0, tl.float32)
+        for g in tl.static_range(GROUP):
+            score = tl.load(scores + g * score_stride + place, mine, other=float("-inf"))
+            if REDUCE == "softmax_mean":
+                rank += _exp(score - tops[g], NATIVE) * shares[g]
+            elif REDUCE == "max":
+                rank = tl.maximum(rank, score)
+            else:
+                rank += score / GROUP
+        block = place * BLOCK_SIZE
+        forced = (block < sinks) | (block + BLOCK_SIZE - 1 > position - recent)
+        key = make_key(rank, mine, forced, REDUCE == "softmax_mean")
+        tl.store(keys + place, key.to(tl.int16), mine)
 
 
 @triton.jit

@@ -38,8 +38,13 @@ class Tiles(NamedTuple):
     choose: int
 
     def chunk(self, n: int) -> tuple[int, int]:
-        """(candidates of one chunk, chunks) for ``n``: at least 8 a thread, which are counted four words at once."""
+        """(candidates of one chunk, chunks) for ``n``: at least 8 a thread, which are counted four words at once.
+
+        Of several chunks the last one is at least half full.
+        """
         size = min(padded(n, 256 * self.warps if NATIVE else 32), self.choose)
+        if n > size and 2 * (-n % size) > size:
+            size //= 2
         return size, -(-n // size)
 
     def blocks_of(self, words: int, of_label: int, block_size: int, n: int) -> int:
@@ -84,7 +89,7 @@ def rule(processors: int, *, head_bytes: int, rows: int) -> Tiles:
         # Two stages of keys and values of 32 KiB each are 128 KiB of shared memory
         attend_tile=min(64 if programs > 1 else 128, max(16, 2**15 // padded(head_bytes))),
         attend_stages=2,
-        choose=8192,
+        choose=16384,
     )
 
 

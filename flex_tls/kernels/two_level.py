@@ -4,9 +4,10 @@ A row is one selection: a KV head and a query token. Its programs share the work
 what is small, the choices, every one of them does for itself. The phases, which can also be launched one by one:
 
 0. the query in label space, and every block's best label score;
-1. the blocks to keep;
-2. the rank of every token of the kept blocks;
-3. the tokens to keep, and attention over them.
+1. the rank of every block;
+2. the blocks to keep;
+3. the rank of every token of the kept blocks;
+4. the tokens to keep, and attention over them.
 
 The formulas: a label score approximates ``scale * q . k`` (flex_tls/labels.py); a block's rank is the mean over the
 group's heads of ``exp(best - top) / total``, the softmax over blocks; a token's is the same with its own score over the
@@ -31,26 +32,26 @@ from .rows import leave, locate, meet, share
 from .score import join_norms, prefetch_labels, rank_blocks, rank_tokens, score_blocks
 from .tiles import NATIVE, Tiles, padded
 
-# The last phase, and where a row's programs must have met before the next one
-LAST_PHASE = 3
+# Where blocks are kept, and the last phase
+BLOCKS_KEPT, LAST_PHASE = 2, 4
 
 
 @triton.jit
 def two_level(
     q, k, v, seq_lens, codes, to_query, low, step, scales, pages, arrived, clock,
-    asked, asked_bytes, base, unit, scores, norms, block_words, blocks, block_counts, words, keys, ids,
+    asked, asked_bytes, base, unit, scores, norms, block_words, block_keys, blocks, block_counts, words, keys, ids,
     counts, norm_parts, partial, partial_lse, arrivals, out, lse,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     page_stride_k, page_stride_v, scale_stride_h, n_pages, arrivals_stride, score_stride, word_stride, n_heads, T,
     N, K, M, scale, sinks, recent, filter_dims,
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, READ: tl.constexpr, BITS: tl.constexpr,
     PLACES: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    PER: tl.constexpr, SCORE_STAGES: tl.constexpr, BLOCK_BN: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
-    KP: tl.constexpr, PER_TOKENS: tl.constexpr, TOKEN_BN: tl.constexpr, TOKEN_CHUNKS: tl.constexpr, MP: tl.constexpr,
-    TILE: tl.constexpr, ATTEND_STAGES: tl.constexpr, BY_BLOCK: tl.constexpr, PAGED: tl.constexpr, SPLIT: tl.constexpr,
-    INT8: tl.constexpr, BLOCK_REDUCE: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
-    PROGRAMS: tl.constexpr, PP: tl.constexpr, PREFETCH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    NATIVE: tl.constexpr,
+    PER: tl.constexpr, SCORE_STAGES: tl.constexpr, RANK_BN: tl.constexpr, BLOCK_BN: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr, KP: tl.constexpr, PER_TOKENS: tl.constexpr, TOKEN_BN: tl.constexpr,
+    TOKEN_CHUNKS: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr, ATTEND_STAGES: tl.constexpr,
+    BY_BLOCK: tl.constexpr, PAGED: tl.constexpr, SPLIT: tl.constexpr, INT8: tl.constexpr, BLOCK_REDUCE: tl.constexpr,
+    REDUCE: tl.constexpr, PRECISION: tl.constexpr, PROGRAMS: tl.constexpr, PP: tl.constexpr, PREFETCH: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Phases FIRST to LAST of program (i, row)."""
     if PREFETCH:
@@ -67,6 +68,7 @@ def two_level(
     norms += row * GROUP * 2
     norm_parts += row * PROGRAMS * GROUP * 2
     block_words += row * BLOCK_CHUNKS * BLOCK_BN // 2
+    block_keys += row * BLOCK_CHUNKS * BLOCK_BN
     blocks += row * K
     block_counts += row
     words += row * word_stride
@@ -75,8 +77,8 @@ def two_level(
     # Blocks that hold something for the query; its position is negative where a row is shorter than the chunk
     n_blocks = (position + BLOCK_SIZE) // BLOCK_SIZE
     POSITIVE: tl.constexpr = REDUCE == "softmax_mean"
+    first, end = share(n_blocks, PROGRAMS)
     if FIRST == 0:
-        first, end = share(n_blocks, PROGRAMS)
         ask(q, to_query, low, step, asked_bytes, base, unit, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
             filter_dims, D, DP, C, W, BITS, GROUP, GP, PLACES, NATIVE)  # fmt: skip
         tl.debug_barrier()
@@ -89,25 +91,28 @@ def two_level(
                      POSITIVE, NATIVE)  # fmt: skip
         if LAST > 0:
             meet(arrivals, PROGRAMS)
-    first_block, end_block = share(K, PROGRAMS)
     if (FIRST <= 1) & (LAST >= 1):
         tops, shares = (), ()
         if POSITIVE:
             tops, shares = join_norms(norm_parts, norms, GROUP, PROGRAMS, PP, NATIVE)
-        first_words = rank_blocks(scores, tops, shares, block_words, n_blocks, position, sinks, recent, score_stride,
-                                  GROUP, BLOCK_BN, BLOCK_CHUNKS, BLOCK_SIZE, REDUCE, NATIVE)  # fmt: skip
-        n_listed = BLOCK_BN * BLOCK_CHUNKS
-        edge, ties = find_edge(first_words, block_words, n_listed, K, POSITIVE, BLOCK_BN, BLOCK_CHUNKS, NATIVE)
-        n_kept = write_list(first_words, block_words, n_listed, edge, ties, blocks, blocks, first_block, end_block, N,
+        rank_blocks(scores, tops, shares, block_keys, first, end, position, sinks, recent, score_stride, GROUP, RANK_BN,
+                    BLOCK_SIZE, REDUCE, NATIVE)  # fmt: skip
+        if LAST > 1:
+            meet(arrivals, PROGRAMS, 2)
+    first_block, end_block = share(K, PROGRAMS)
+    if (FIRST <= 2) & (LAST >= 2):
+        first_words = load_words(block_words, 0, n_blocks, BLOCK_BN)
+        edge, ties = find_edge(first_words, block_words, n_blocks, K, POSITIVE, BLOCK_BN, BLOCK_CHUNKS, NATIVE)
+        n_kept = write_list(first_words, block_words, n_blocks, edge, ties, blocks, blocks, first_block, end_block, N,
                             BLOCK_BN, BLOCK_CHUNKS, KP, BLOCK_SIZE, False, NATIVE)  # fmt: skip
         tl.store(block_counts, n_kept)
         tl.debug_barrier()
-    if (FIRST <= 2) & (LAST >= 2) & (not BY_BLOCK):
+    if (FIRST <= 3) & (LAST >= 3) & (not BY_BLOCK):
         rank_tokens(codes, asked, base, unit, norms, blocks, keys, position, sinks, recent, first_block, end_block, N,
                     scale, W, BITS, GROUP, BLOCK_SIZE, PER_TOKENS, REDUCE, NATIVE)  # fmt: skip
-        if LAST > 2:
+        if LAST > 3:
             meet(arrivals + arrivals_stride, PROGRAMS)
-    if LAST == 3:
+    if LAST == 4:
         query = load_query(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t, D, DP, GROUP, ROWS)
         k += head // n_heads * k_stride_b + head % n_heads * k_stride_h
         v += head // n_heads * v_stride_b + head % n_heads * v_stride_h
@@ -155,7 +160,7 @@ class Work(NamedTuple):
         asked, base, unit: the query in label space; see :func:`flex_tls.kernels.ask.ask`.
         scores: float32 [R, G, N'], label score of each block.
         norms: float32 [R, G, 2], level 1's softmax: its largest score, and 1 / (sum * G).
-        block_words: int32 [R, N' / 2], keys of blocks, used if they take several chunks.
+        block_words: int32 [R, N' / 2], keys of blocks, two in a word.
         blocks, block_counts: int32 [R, K], ascending, N past the count; int32 [R].
         words: int32 [R, (K * block_size)' / 2], keys of the kept blocks' tokens, two in a word.
         ids, counts: int32 [R, M], slots, ascending, N * block_size past the count; int32 [R]. M is 0 without level 2.
@@ -184,8 +189,8 @@ def launch_two_level(
     """Output [B, HQ, T, D] in q's dtype, lse float32 [B, HQ, T], and what was chosen.
 
     ``arrivals`` int32 [3, R] or wider: zeros before and after. ``token_budget`` None attends to all of the kept blocks.
-    Without k and v it stops when the blocks are chosen (phases 0 and 1; output and lse are left unwritten). With
-    ``given``, what that call left, it goes on from there (phases 2 and 3) inside the blocks that ``given`` names.
+    Without k and v it stops when the blocks are chosen (phases 0 to 2; output and lse are left unwritten). With
+    ``given``, what that call left, it goes on from there (phases 3 and 4) inside the blocks that ``given`` names.
     ``pages`` int32 [B * HKV, N]: block n of a KV head is page ``pages[n]`` of k and v [B, HKV, P, block_size, D];
     with ``scales`` float32 [B, HKV, P, block_size, 2], contiguous, these are int8. With ``arrived`` int32 [B, HKV, P]
     tokens of pages where that is ``clock`` int32 [B, HKV] are left to :mod:`.attend_arrived`: in place of output and
@@ -214,7 +219,7 @@ def launch_two_level(
         )  # fmt: skip
         start = 0
     else:
-        start = 2
+        start = BLOCKS_KEPT + 1
     work = given._replace(
         words=new(rows, 0 if by_block else token_chunk * token_chunks // 2, dtype=i32),
         ids=new(rows, chosen, dtype=i32), counts=new(rows, dtype=i32),
@@ -224,7 +229,7 @@ def launch_two_level(
     partial = new(rows, parts, group, d, dtype=f32) if parts > 1 else lse
     partial_lse = new(rows, parts, group, dtype=f32) if parts > 1 else lse
     norm_parts = new(rows, programs, group, 2, dtype=f32) if start == 0 else lse
-    stop = LAST_PHASE if k is not None else 1
+    stop = LAST_PHASE if k is not None else BLOCKS_KEPT
     keys, values = (q if x is None else x for x in (k, v))
     page_stride_k, page_stride_v = (keys.stride(2), values.stride(2)) if pages is not None else (0, 0)
     read = sum(channels_before(bits, word) < filter_dims for word in range(w))
@@ -234,8 +239,9 @@ def launch_two_level(
         two_level[(programs, rows)](
             q, keys, values, seq_lens, codes, to_query, low, step, arrivals if scales is None else scales,
             arrivals if pages is None else pages, arrivals if arrived is None else arrived,
-            arrivals if clock is None else clock, work.asked, work.asked.view(torch.int8), *work[1:9],
-            work.words.view(torch.int16), *work[9:], norm_parts, partial, partial_lse, arrivals, out, lse,
+            arrivals if clock is None else clock, work.asked, work.asked.view(torch.int8), *work[1:6],
+            work.block_words.view(torch.int16), *work[6:9], work.words.view(torch.int16), *work[9:], norm_parts,
+            partial, partial_lse, arrivals, out, lse,
             q.stride(0), q.stride(1), q.stride(2), keys.stride(0), keys.stride(1), keys.stride(-2),
             values.stride(0), values.stride(1), values.stride(-2), page_stride_k, page_stride_v,
             0 if scales is None else scales.stride(1), 0 if arrived is None else arrived.shape[2], arrivals.stride(0),
@@ -243,7 +249,8 @@ def launch_two_level(
             D=d, DP=padded(d, 16), C=channels, W=w, READ=read, BITS=bits, PLACES=max(16, padded(w) * places_of(bits)),
             GROUP=group, GP=padded(group), ROWS=padded(group, 16), BLOCK_SIZE=block_size,
             PER=tiles.blocks_of(tiles.score_words, read, block_size, n), SCORE_STAGES=tiles.score_stages,
-            BLOCK_BN=block_chunk, BLOCK_CHUNKS=block_chunks, KP=padded(-(-kept // programs)),
+            RANK_BN=min(padded(-(-n // programs)), block_chunk), BLOCK_BN=block_chunk, BLOCK_CHUNKS=block_chunks,
+            KP=padded(-(-kept // programs)),
             PER_TOKENS=tiles.blocks_of(tiles.rank_words, w, block_size, kept), TOKEN_BN=token_chunk,
             TOKEN_CHUNKS=token_chunks, MP=padded(max(1, -(-chosen // programs))), TILE=tiles.attend_tile,
             ATTEND_STAGES=tiles.attend_stages, BY_BLOCK=by_block, PAGED=pages is not None,
