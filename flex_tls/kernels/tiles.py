@@ -40,10 +40,11 @@ class Tiles(NamedTuple):
     def chunk(self, n: int) -> tuple[int, int]:
         """(candidates of one chunk, chunks) for ``n``: at least 8 a thread, which are counted four words at once.
 
-        Of several chunks the last one is at least half full.
+        Of several chunks the last one is half full or fuller, unless they are as small as that.
         """
-        size = min(padded(n, 256 * self.warps if NATIVE else 32), self.choose)
-        if n > size and 2 * (-n % size) > size:
+        least = 256 * self.warps if NATIVE else 32
+        size = min(padded(n, least), self.choose)
+        if size < n and 2 * (-n % size) > size > least:
             size //= 2
         return size, -(-n // size)
 
