@@ -3,12 +3,14 @@ from __future__ import annotations
 import random
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.__main__ import main
 from bench.report import write_report
-from flex_tls import TLSConfig
+from bench.rows import ModelRow, Row
+from flex_tls import TLSConfig, jsonl
 from flex_tls.cli.plots import ablations, pareto
 from flex_tls.evaluate import rows
 from flex_tls.evaluate.methods import cost
@@ -20,6 +22,49 @@ ORIGIN = {
     "commit": "0123456789abcdef", "date": "2026-01-01T00:00:00Z",
 }  # fmt: skip
 CFG = TLSConfig(block_size=32, block_budget=1024, token_budget=512, sink_tokens=32, recent_tokens=32)
+
+ON: dict[str, Any] = {
+    "gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "dirty": False,
+    "date": "2026-01-01T00:00:00Z",
+}  # fmt: skip
+
+
+def operator(provider: str, us: float, **changes: object) -> Row:
+    row = Row(
+        bench="operator", case="case", B=1, HQ=32, HKV=8, D=128, S=98304, block_size=32, block_budget=8192,
+        token_budget=1024, dtype="bfloat16", provider=provider, stage="total", inputs="rotated", median_us=us,
+        p10_us=us, p90_us=us, runs=30, floor_us=1.0, rel_error=1e-3, **ON,
+    )  # fmt: skip
+    return replace(row, **changes)  # type: ignore[arg-type]
+
+
+def step(provider: str, ms: float, **changes: object) -> ModelRow:
+    row = ModelRow(
+        bench="decode", case="qwen3-8b", B=1, provider=provider, n_layers=36, context=98304, max_len=98560,
+        block_budget=8192, token_budget=1024, dense_layers=2, dtype="bfloat16", ms_median=ms, ms_p10=ms - 0.1,
+        ms_p90=ms + 0.1, ms_p99=ms, runs=30, tokens_per_second=1e3 / ms, weights_floor_ms=4.0, build_seconds=1.0,
+        peak_bytes=1, **ON,
+    )  # fmt: skip
+    return replace(row, **changes)  # type: ignore[arg-type]
+
+
+OPERATORS = [
+    operator("sdpa_cudnn_gqa", 137.0), operator("triton_total", 20.0),
+    # Another run's, and a case without a dense row of ours' run
+    operator("double_sparsity", 30.0, commit="def"), operator("triton_total", 20.0, case="other"),
+]  # fmt: skip
+STEPS = [step("dense", 10.0), step("two_level", 5.0), step("two_level_tuned", 4.0, commit="def")]
+THROUGHPUT = {
+    "bench": "offload", "part": "throughput", "model": "qwen3-8b", "context": 98304, "gpu_gb": None,
+    "provider": "offload_async", "B": 8, "us_median": 15e3, "tokens_per_second": 550.0, "hit_rate": 0.96,
+    "fetched_bytes": 5e8, "runs": 20, **ON,
+}  # fmt: skip
+OFFLOAD = [
+    THROUGHPUT, {**THROUGHPUT, "context": 49152, "gpu_gb": 40.0},
+    {"bench": "offload_quality", "text": "prose", "provider": "async", "pool_over_budget": 2.0, "block_budget": 1024,
+     "token_budget": 512, "hit_rate": 0.97, "missing_mass": 0.005, "waits": 0.25, "kl_to_no_offload": 0.002,
+     "kl_dense_to_this": 0.006, "kl_dense_to_no_offload": 0.005, "scored": 128, **ON},
+]  # fmt: skip
 
 
 def ppl_rows(*specs: str) -> list[rows.Row]:
@@ -77,11 +122,26 @@ def test_a_report_has_every_section_with_rows_and_the_command_of_every_other(tmp
         "1",
     ]
     assert main([*synthetic, "--out", str(tmp_path / "synthetic.jsonl")]) == 0
+    jsonl.append(tmp_path / "operator.jsonl", OPERATORS)
+    jsonl.append(tmp_path / "decode.jsonl", STEPS)
+    jsonl.append(tmp_path / "offload.jsonl", OFFLOAD)
+    (tmp_path / "decode.svg").write_text("<svg/>", encoding="utf-8")
     out = tmp_path / "docs" / "report.md"
     written = write_report(tmp_path, out)
-    names = {"report.md", "accuracy.svg", "ablation.svg", "frontier.svg", "attention.svg", "depths.svg"}
+    names = {"report.md", "accuracy.svg", "ablation.svg", "frontier.svg", "attention.svg", "depths.svg",
+             "throughput.svg"}  # fmt: skip
     assert {path.name for path in written} == names
     text = out.read_text(encoding="utf-8")
+    assert "(../decode.svg)" in text
+    assert "operator-lengths" not in text
+    # Ratios: of one run's rows, of the dense loop's best batch; none where no dense was measured
+    assert "| a GPU | `case` | 137 | 20.0 (6.8) |  |  |" in text
+    assert "| a GPU | `other` |" not in text
+    assert "| `two_level` | 5.00 (4.90 to 5.10) | 2.00 | 200 | 30 | abc |" in text
+    assert "| `two_level_tuned` | 4.00 (3.90 to 4.10) |  | 250 | 30 | def |" in text
+    assert "| a GPU | 98,304 | all | `offload_async` | 8 | 15.0 | 550 | 5.5 | 96.0% | 500 | 20 | abc |" in text
+    assert "| a GPU | 49,152 | 40 | `offload_async` | 8 | 15.0 | 550 |  | 96.0% | 500 | 20 | abc |" in text
+    assert "| prose | `async` | 2 | 1,024, 512 | 97.0% | 0.50% | 25% | 0.0020 | 0.0060 | 0.0050 | 128 | abc |" in text
     assert "No rows yet" not in text
     for path in written[1:]:
         assert f"(report/{path.name})" in text
@@ -98,7 +158,7 @@ def test_a_report_has_every_section_with_rows_and_the_command_of_every_other(tmp
 def test_without_rows_a_report_says_how_to_get_them(tmp_path: Path) -> None:
     assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "report.md")]) == 0
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert text.count("No rows yet") == 7
+    assert text.count("No rows yet") == 11
     assert "flex-tls eval ablate out/texts --documents 24 --context-tokens 7168 --score-tokens 192" in text
 
 
