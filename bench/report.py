@@ -36,7 +36,7 @@ from flex_tls.evaluate.summary import (
 from . import markdown
 from .corpus import HALVES
 from .markdown import link
-from .report_time import time_sections
+from .report_time import ablated_times, time_sections
 
 COMPARE = "flex-tls eval compare out/texts --documents 24 --context-tokens 7168 --score-tokens 1024 --dtype float32"
 
@@ -70,7 +70,7 @@ def _sections(found: Sequence[Row], pictures: Path, base: Path, results: Path) -
     yield from _origin(found)
     yield from _accuracy(found, pictures, base)
     yield from _targets(found)
-    yield from _ablation(found, pictures, base)
+    yield from _ablation(found, pictures, base, results)
     yield from _frontier(found, pictures, base)
     yield from _attention(found, pictures, base)
     yield from _retrieval(found, pictures, base)
@@ -194,26 +194,31 @@ def _targets(found: Sequence[Row]) -> Iterator[str]:
     yield markdown.table(table)
 
 
-def _ablation(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]:
+def _ablation(found: Sequence[Row], pictures: Path, base: Path, results: Path) -> Iterator[str]:
     yield "## What each component contributes\n"
     command = _of_many_methods("ablate")
     studies = [(line, changes) for line, changes in ablations(found) if len(changes) > 2]
     if not studies:
         yield f"No rows yet: `{command} --out bench/results/accuracy-ablation.jsonl`.\n"
         return
-    yield "One change at a time to `ours`; a ratio above 1 is worse.\n"
+    yield (
+        "One change at a time to `ours`; a ratio above 1 is worse. Time: the operator's at 96k tokens and B=1, "
+        "Qwen3-8B's shape, budgets of 8,192 and 1,024 tokens, over the defaults' in the same run (commit).\n"
+    )
+    times = ablated_times(results)
     yield f"`{command} --out bench/results/accuracy-ablation.jsonl`, or over other documents where a title says so.\n"
     for number, (line, changes) in enumerate(studies):
         path = pictures / f"ablation{number or ''}.svg"
         plot_ablation(line, changes, path)
         yield f"![KL of each change, as a multiple]({link(path, base)})\n"
-        table = [("component", "change", "KL", "times", "index, % of KV", "read, % of KV")]
-        table.append(
-            ("", "none", _interval(line.kl, 4), "1", f"{100 * line.index_share:.1f}", f"{100 * line.read_share:.1f}")
-        )
+        table = [("component", "change", "KL", "times", "index, % of KV", "read, % of KV", "time, times")]
+        table.append((
+            "", "none", _interval(line.kl, 4), "1", f"{100 * line.index_share:.1f}", f"{100 * line.read_share:.1f}",
+            "1",
+        ))  # fmt: skip
         table += [
             (component, f"`{change}`", _interval(x.kl, 4), _interval(ratio, 2), f"{100 * x.index_share:.1f}",
-             f"{100 * x.read_share:.1f}")
+             f"{100 * x.read_share:.1f}", times.get(change, ""))
             for component, change, x, ratio in changes
         ]  # fmt: skip
         yield markdown.table(table)

@@ -26,6 +26,35 @@ OPERATORS = {
 }
 STEPS = ("dense", "two_level", "two_level_tuned", "offload_async", "offload_exact", "offload_async_int8",
          "transformers_static")  # fmt: skip
+# Ablated settings that the operator bench has, at 96k tokens and B=1: the ending of a case's name, and a provider
+ABLATED_CASE = "qwen3-8b-b1-96k"
+ABLATED = {
+    "block_size=16": ("-block16", "triton_total"),
+    "block_size=64": ("-block64", "triton_total"),
+    "filter_dims=16": ("", "triton_filter16"),
+    "label_bits=4+2": ("", "triton_mixed"),
+    "label_bits=4+2+2+2:filter_dims=24": ("", "triton_mixed_filter24"),
+    "block_budget=x1/2": ("-4096-1024", "triton_total"),
+    "block_budget=x2": ("-16384-1024", "triton_total"),
+    "token_budget=x1/4": ("-8192-256", "triton_total"),
+    "token_budget=x1/2": ("-8192-512", "triton_total"),
+    "token_budget=None": ("", "triton_blocks_only"),
+}
+
+
+def ablated_times(results: Path) -> dict[str, str]:
+    """How much longer the operator takes with a setting than with the defaults, newest run of both, by the setting."""
+    runs: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
+    for row in sorted(read(results / "operator.jsonl"), key=lambda row: row.date):
+        if row.inputs == "rotated" and row.case.startswith(ABLATED_CASE):
+            runs.setdefault((row.gpu, row.commit), {})[row.case.removeprefix(ABLATED_CASE), row.provider] = row
+    found = {}
+    for (_, commit), run in runs.items():
+        base = run.get(("", "triton_total"))
+        for setting, key in ABLATED.items():
+            if base is not None and key in run:
+                found[setting] = f"{run[key].median_us / base.median_us:.2f} ({commit[:7]})"
+    return found
 
 
 def time_sections(results: Path, pictures: Path, base: Path) -> Iterator[str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ OPERATORS = [
     operator("sdpa_cudnn_gqa", 137.0), operator("triton_total", 20.0),
     # Another run's, and a case without a dense row of ours' run
     operator("double_sparsity", 30.0, commit="def"), operator("triton_total", 20.0, case="other"),
+    # The default's time and a changed setting's, and one without the default's beside it
+    operator("triton_total", 20.0, case="qwen3-8b-b1-96k"), operator("triton_filter16", 19.0, case="qwen3-8b-b1-96k"),
+    operator("triton_total", 30.0, case="qwen3-8b-b1-96k-block16", commit="def"),
 ]  # fmt: skip
 STEPS = [step("dense", 10.0), step("two_level", 5.0), step("two_level_tuned", 4.0, commit="def")]
 THROUGHPUT = {
@@ -137,6 +141,8 @@ def test_a_report_has_every_section_with_rows_and_the_command_of_every_other(tmp
     # Ratios: of one run's rows, of the dense loop's best batch; none where no dense was measured
     assert "| a GPU | `case` | 137 | 20.0 (6.8) |  |  |" in text
     assert "| a GPU | `other` |" not in text
+    assert re.search(r"`filter_dims=16` \|.*\| 0.95 \(abc\) \|", text)
+    assert re.search(r"`block_size=16` \|.*\|  \|", text)
     assert "| `two_level` | 5.00 (4.90 to 5.10) | 2.00 | 200 | 30 | abc |" in text
     assert "| `two_level_tuned` | 4.00 (3.90 to 4.10) |  | 250 | 30 | def |" in text
     assert "| a GPU | 98,304 | all | `offload_async` | 8 | 15.0 | 550 | 5.5 | 96.0% | 500 | 20 | abc |" in text
