@@ -153,7 +153,8 @@ def _throughput(
         return
     yield (
         "Tokens a second at the largest batch that fits device and host, or that `--gpu-gb`, `--host-gb` and `--most` "
-        "allow, one provider after the other (the paper's figure 6). Selections of offloaded caches follow a made "
+        "allow, one provider after the other, and of several commits (the paper's figure 6). Selections of offloaded "
+        "caches follow a made "
         f"trace. `{command} --contexts 49152,98304,524288`, `--gpu-gb 42.9`\n"
     )
     ordered = [newest[key] for key in sorted(newest)]

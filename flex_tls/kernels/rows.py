@@ -31,7 +31,7 @@ def share(n, PROGRAMS: tl.constexpr):
 
 @triton.jit
 def meet(counter, PROGRAMS: tl.constexpr, TIMES: tl.constexpr = 1):
-    """Wait until every program of the row is here; what each of them wrote is then there for loads past the L1 (.cg).
+    """Wait until every program of the row is here; what each of them wrote is then there for all of them.
 
     All programs of the row must be running at once. One program has nobody to wait for but its own threads. TIMES: 2
     where they meet at the same counter a second time.

@@ -172,8 +172,8 @@ def rank_blocks(scores, tops, shares, keys, first, end, position, sinks, recent,
                 rank = tl.maximum(rank, score)
             else:
                 rank += score / GROUP
-        block = place * BLOCK_SIZE
-        forced = (block < sinks) | (block + BLOCK_SIZE - 1 > position - recent)
+        first_token = place * BLOCK_SIZE
+        forced = (first_token < sinks) | (first_token + BLOCK_SIZE - 1 > position - recent)
         key = make_key(rank, mine, forced, REDUCE == "softmax_mean")
         tl.store(keys + place, key.to(tl.int16), mine)
 

@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
     def chunk(self, n: int) -> tuple[int, int]:
         """(candidates of one chunk, chunks) for ``n``: at least 8 a thread, which are counted four words at once.
 
-        Of several chunks the last one is half full or fuller, unless they are as small as that.
+        Several chunks are halved, once, where the last one would be less than half full.
         """
         least = 256 * self.warps if NATIVE else 32
         size = min(padded(n, least), self.choose)

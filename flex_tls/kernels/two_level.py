@@ -1,7 +1,8 @@
 """Two-level decoding in one launch: scores, both selections and attention, row by row.
 
-A row is one selection: a KV head and a query token. Its programs share the work of each phase and meet between phases;
-what is small, the choices, every one of them does for itself. The phases, which can also be launched one by one:
+A row is one selection: a KV head and a query token. Its programs share the work of each phase and meet after phases
+0, 1 and 3; what is small, the choices, every one of them does for itself. The phases, which can also be launched one by
+one:
 
 0. the query in label space, and every block's best label score;
 1. the rank of every block;

@@ -189,7 +189,7 @@ def test_a_traced_launch_has_the_outputs_of_its_settings(ship: Callable[..., Non
         scores = choose(
             q, lens, codes, columns, low, low, counters, [4] * 4, 64, 128, 64, 64, 0.1, 32, "max", "softmax_mean"
         )[3]
-    # 5,000 blocks in three chunks of 2,048, since the second of 4,096 were nearly empty; by the rule in one of 8,192
+    # 5,000 blocks in three chunks of 2,048: the second of 4,096 would be less than half full; by the rule one of 8,192
     assert scores.shape == (8, 4, 6144)
 
 
