@@ -35,7 +35,6 @@ from flex_tls.evaluate.summary import (
 
 from . import markdown
 from .corpus import HALVES
-from .markdown import link
 from .report_time import ablated_times, time_sections
 
 COMPARE = "flex-tls eval compare out/texts --documents 24 --context-tokens 7168 --score-tokens 1024 --dtype float32"
@@ -109,7 +108,7 @@ def _accuracy(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
         return
     path = pictures / "accuracy.svg"
     plot_accuracy([line for line in lines if line.method in COMPARISON], path)
-    yield f"![KL over tokens kept]({link(path, base)})\n"
+    yield f"![KL over tokens kept]({markdown.link(path, base)})\n"
     yield f"`{COMPARE} --out bench/results/accuracy.jsonl`\n"
     for span in sorted({line.span for line in lines}):
         here = [line for line in lines if line.span == span]
@@ -210,7 +209,7 @@ def _ablation(found: Sequence[Row], pictures: Path, base: Path, results: Path) -
     for number, (line, changes) in enumerate(studies):
         path = pictures / f"ablation{number or ''}.svg"
         plot_ablation(line, changes, path)
-        yield f"![KL of each change, as a multiple]({link(path, base)})\n"
+        yield f"![KL of each change, as a multiple]({markdown.link(path, base)})\n"
         table = [("component", "change", "KL", "times", "index, % of KV", "read, % of KV", "time, times")]
         table.append((
             "", "none", _interval(line.kl, 4), "1", f"{100 * line.index_share:.1f}", f"{100 * line.read_share:.1f}",
@@ -247,7 +246,7 @@ def _frontier(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
         return
     path = pictures / "frontier.svg"
     plot_frontier(lines, path)
-    yield f"![KL over bytes held and read]({link(path, base)})\n"
+    yield f"![KL over bytes held and read]({markdown.link(path, base)})\n"
     yield f"{len(lines)} configurations at equal budgets. `{command} --out bench/results/accuracy-frontier.jsonl`\n"
     for field, what in (("index_share", "held"), ("read_share", "read")):
         table = [("configuration", f"bytes {what}, % of KV", "KL", "agreement")]
@@ -291,7 +290,7 @@ def _attention(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str
             ]
             path = pictures / f"attention{number or ''}.svg"
             plot_attention(same, path)
-            yield f"![What each head's selection catches]({link(path, base)})\n"
+            yield f"![What each head's selection catches]({markdown.link(path, base)})\n"
     yield markdown.table(table)
 
 
@@ -314,7 +313,7 @@ def _retrieval(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str
     if any(line.depth is not None for line in lines):
         path = pictures / "depths.svg"
         plot_depths(lines, path)
-        yield f"![Score over depth and length]({link(path, base)})\n"
+        yield f"![Score over depth and length]({markdown.link(path, base)})\n"
     yield markdown.table(table)
 
 

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from flex_tls import jsonl
 
 from .markdown import link, table
-from .rows import ModelRow, Row, latest, read
+from .model_plots import COLOURS
+from .rows import ModelRow, Row, read
 
 # Columns of the operator's table; ratios are to the first
 DENSE = "sdpa_cudnn_gqa"
@@ -59,27 +60,23 @@ def ablated_times(results: Path) -> dict[str, str]:
 
 def time_sections(results: Path, pictures: Path, base: Path) -> Iterator[str]:
     """Sections on ``results``' rows; pictures of their own go to ``pictures``, a page in ``base`` links to all."""
-    yield from _operator(results, base)
-    yield from _steps(results, base)
+    steps = read(results / "decode.jsonl", ModelRow)
     offload: list[dict[str, Any]] = jsonl.read(results / "offload.jsonl", dict, "expected a row of the offload bench")
-    yield from _throughput(offload, read(results / "decode.jsonl", ModelRow), pictures, base)
+    yield from _operator(results, base)
+    yield from _steps(steps, results, base)
+    yield from _throughput(offload, steps, pictures, base)
     yield from _policies(offload)
 
 
 def _operator(results: Path, base: Path) -> Iterator[str]:
     yield "## One token's attention\n"
     command = "python -m bench run operator --suite sweep --resume"
-    cases: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in latest(read(results / "operator.jsonl")):
+    runs: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in read(results / "operator.jsonl"):
         if row.inputs == "rotated" and row.provider in OPERATORS:
-            cases.setdefault((row.gpu, row.case), {})[row.provider] = row
-    # Of one run each, so that a ratio is of what took turns
-    whole = {
-        key: {p: row for p, row in found.items() if row.commit == found["triton_total"].commit}
-        for key, found in cases.items()
-        if "triton_total" in found
-    }
-    whole = {key: found for key, found in whole.items() if DENSE in found}
+            runs.setdefault((row.gpu, row.case, row.commit), {})[row.provider] = row
+    # Of one run each, so that a ratio is of what took turns: the last that has both sides of it
+    whole = {key[:2]: found for key, found in runs.items() if found.keys() >= {DENSE, "triton_total"}}
     if not whole:
         yield f"No rows yet: `{command}`.\n"
         return
@@ -98,12 +95,10 @@ def _operator(results: Path, base: Path) -> Iterator[str]:
     yield table(rows)
 
 
-def _steps(results: Path, base: Path) -> Iterator[str]:
+def _steps(steps: Sequence[ModelRow], results: Path, base: Path) -> Iterator[str]:
     yield "## A step of the whole model\n"
     command = "python -m bench run decode --batch 1,4 --contexts 256,8192,98304,131072"
-    newest: dict[tuple[str, str, int, int, str], ModelRow] = {}
-    for row in read(results / "decode.jsonl", ModelRow):
-        newest[row.gpu, row.case, row.B, row.context, row.provider] = row
+    newest = {(row.gpu, row.case, row.B, row.context, row.provider): row for row in steps}
     if not newest:
         yield f"No rows yet: `{command}`.\n"
         return
@@ -154,8 +149,7 @@ def _throughput(
     yield (
         "Tokens a second at the largest batch that fits device and host, or that `--gpu-gb`, `--host-gb` and `--most` "
         "allow, one provider after the other, and of several commits (the paper's figure 6). Selections of offloaded "
-        "caches follow a made "
-        f"trace. `{command} --contexts 49152,98304,524288`, `--gpu-gb 42.9`\n"
+        f"caches follow a made trace. `{command} --contexts 49152,98304,524288`, `--gpu-gb 42.9`\n"
     )
     ordered = [newest[key] for key in sorted(newest)]
     path = pictures / "throughput.svg"
@@ -180,8 +174,9 @@ def _policies(offload: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "## What a pool on the device loses\n"
     command = "python -m bench run offload --parts quality"
     found = {
-        (row["text"], row["provider"], row["pool_over_budget"], row["block_budget"], row["device"]): row
-        for row in ({"device": row["gpu"], **row} for row in offload if row["bench"] == "offload_quality")
+        (row["text"], row["provider"], row["pool_over_budget"], row["block_budget"], row["gpu"]): row
+        for row in offload
+        if row["bench"] == "offload_quality"
     }
     if not found:
         yield f"No rows yet: `{command}`.\n"
@@ -210,7 +205,8 @@ def _bars(rows: Sequence[dict[str, Any]]) -> Figure:
         + (f", {row['gpu_gb']:.0f} GB of it" if row["gpu_gb"] else "")
         for row in rows
     ]
-    colours = ["#00507a" if _is_dense(row) else "#9b1d3a" for row in rows]
+    reads_all = ("dense", "transformers_offloaded")
+    colours = [COLOURS["dense" if row["provider"] in reads_all else "two_level"] for row in rows]
     bars = axes.barh(range(len(rows)), [row["tokens_per_second"] for row in rows], color=colours)
     axes.bar_label(bars, [f"{row['tokens_per_second']:,.0f}" for row in rows], padding=3, fontsize=8)
     axes.set_yticks(range(len(rows)), names, fontsize=7)
@@ -221,10 +217,6 @@ def _bars(rows: Sequence[dict[str, Any]]) -> Figure:
     axes.set_title("The largest batch that fits; blue: every token is read", fontsize=10)
     axes.grid(axis="x", alpha=0.25)
     return figure
-
-
-def _is_dense(row: dict[str, Any]) -> bool:
-    return row["provider"] in ("dense", "transformers_offloaded")
 
 
 def _best_dense(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> float:

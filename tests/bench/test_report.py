@@ -4,7 +4,6 @@ import random
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,6 +16,8 @@ from flex_tls.evaluate import rows
 from flex_tls.evaluate.methods import cost
 from flex_tls.evaluate.sets import make_methods
 from flex_tls.evaluate.summary import summarise_ppl
+from tests.bench.test_models import MACHINE, model_row
+from tests.bench.test_rows import vary
 
 ORIGIN = {
     "model": "m", "dtype": "float32", "device": "cpu", "flex_tls": "0", "torch": "2", "transformers": "5",
@@ -24,29 +25,16 @@ ORIGIN = {
 }  # fmt: skip
 CFG = TLSConfig(block_size=32, block_budget=1024, token_budget=512, sink_tokens=32, recent_tokens=32)
 
-ON: dict[str, Any] = {
-    "gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "dirty": False,
-    "date": "2026-01-01T00:00:00Z",
-}  # fmt: skip
+ON = {**MACHINE._asdict(), "gpu": "a GPU", "commit": "abc"}
 
 
 def operator(provider: str, us: float, **changes: object) -> Row:
-    row = Row(
-        bench="operator", case="case", B=1, HQ=32, HKV=8, D=128, S=98304, block_size=32, block_budget=8192,
-        token_budget=1024, dtype="bfloat16", provider=provider, stage="total", inputs="rotated", median_us=us,
-        p10_us=us, p90_us=us, runs=30, floor_us=1.0, rel_error=1e-3, **ON,
-    )  # fmt: skip
-    return replace(row, **changes)  # type: ignore[arg-type]
+    return vary(**{**ON, "case": "case", "provider": provider, "median_us": us, "runs": 30, **changes})
 
 
 def step(provider: str, ms: float, **changes: object) -> ModelRow:
-    row = ModelRow(
-        bench="decode", case="qwen3-8b", B=1, provider=provider, n_layers=36, context=98304, max_len=98560,
-        block_budget=8192, token_budget=1024, dense_layers=2, dtype="bfloat16", ms_median=ms, ms_p10=ms - 0.1,
-        ms_p90=ms + 0.1, ms_p99=ms, runs=30, tokens_per_second=1e3 / ms, weights_floor_ms=4.0, build_seconds=1.0,
-        peak_bytes=1, **ON,
-    )  # fmt: skip
-    return replace(row, **changes)  # type: ignore[arg-type]
+    times = {"ms_median": ms, "ms_p10": ms - 0.1, "ms_p90": ms + 0.1, "tokens_per_second": 1e3 / ms, "runs": 30}
+    return model_row(**{**ON, "provider": provider, **times, **changes})
 
 
 OPERATORS = [
@@ -56,6 +44,8 @@ OPERATORS = [
     # The default's time and a changed setting's, and one without the default's beside it
     operator("triton_total", 20.0, case="qwen3-8b-b1-96k"), operator("triton_filter16", 19.0, case="qwen3-8b-b1-96k"),
     operator("triton_total", 30.0, case="qwen3-8b-b1-96k-block16", commit="def"),
+    # Newer, but without a dense row beside it: the run before it stays
+    operator("triton_total", 10.0, commit="def"),
 ]  # fmt: skip
 STEPS = [step("dense", 10.0), step("two_level", 5.0), step("two_level_tuned", 4.0, commit="def")]
 THROUGHPUT = {
