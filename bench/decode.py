@@ -112,16 +112,18 @@ def _transformers_default(bed: Bed) -> Step:
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
-    """A way to decode. ``fused``: the model's projections are; ``copies``: how often it copies all keys and values."""
+    """A way to decode. ``dense``: every layer is; ``fused``: projections are; ``copies``: of all keys and values."""
 
     make: Callable[[Bed], Step]
+    dense: bool = False
     fused: bool = False
     copies: int = 0
 
 
 PROVIDERS = {
     "two_level": Provider(_ours),
-    "dense": Provider(lambda bed: _ours(bed, dense=True)),
+    "dense": Provider(lambda bed: _ours(bed, dense=True), dense=True),
+    "dense_tuned": Provider(lambda bed: _ours(bed, dense=True, options=TUNED), dense=True),
     "two_level_tuned": Provider(lambda bed: _ours(bed, options=TUNED)),
     "two_level_autotuned": Provider(lambda bed: _ours(bed, options={"max_autotune": True})),
     "two_level_fused": Provider(_ours, fused=True),
@@ -181,8 +183,8 @@ def measure(
     taken = samples(steps, bed.device, runs) if steps else {}
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     return [
-        model_row("decode", bed.model, case, bed.dense if name == "dense" else bed.sparse, bed.sparse.get_seq_length(),
-                  name, us, seconds[name], peak, floor_ms, machine, tokens=1)
+        model_row("decode", bed.model, case, bed.dense if PROVIDERS[name].dense else bed.sparse,
+                  bed.sparse.get_seq_length(), name, us, seconds[name], peak, floor_ms, machine, tokens=1)
         for name, us in taken.items()
     ], steps, failed  # fmt: skip
 
