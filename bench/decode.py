@@ -26,6 +26,8 @@ from .timing import samples, spread
 # Tokens behind the context: what transformers' static cache appends while it is timed
 ROOM_TOKENS = 256
 TUNED = {"coordinate_descent_tuning": True}
+# What torch.compile's mode "max-autotune" sets
+AUTOTUNED = {"max_autotune": True, **TUNED}
 
 
 class Bed:
@@ -125,7 +127,7 @@ PROVIDERS = {
     "dense": Provider(lambda bed: _ours(bed, dense=True), dense=True),
     "dense_tuned": Provider(lambda bed: _ours(bed, dense=True, options=TUNED), dense=True),
     "two_level_tuned": Provider(lambda bed: _ours(bed, options=TUNED)),
-    "two_level_autotuned": Provider(lambda bed: _ours(bed, options={"max_autotune": True})),
+    "two_level_autotuned": Provider(lambda bed: _ours(bed, options=AUTOTUNED)),
     "two_level_fused": Provider(_ours, fused=True),
     "two_level_fused_tuned": Provider(lambda bed: _ours(bed, options=TUNED), fused=True),
     "offload_async": Provider(lambda bed: offloaded_step(bed.model, bed.sparse, tls.OffloadConfig(policy="async"))),
