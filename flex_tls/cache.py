@@ -17,13 +17,14 @@ from .cache_layer import Shared, TLSLayer
 from .config import TLSConfig
 from .device import why_not_here
 from .footprint import Footprint, check_fits, footprint
-from .index import KVIndex, fit
+from .index import KVIndex, advance, fit
 from .model_config import ModelShape, read_model_config
 from .offload import LayerStats, OffloadConfig, ops
 from .offloaded_layer import OffloadedLayer, allocate_offloaded, balanced_pools, choose_offloaded, size_pools
 from .paged import paged_backend
 from .progress import Progress
 from .record import Recorder
+from .step import why_not_compiled
 
 
 class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
@@ -160,9 +161,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         """Count ``n`` tokens of every row that a compiled step has written into every layer."""
         self._settle()
         self._shared.progress.advance(n)
-        for layer in self.tls_layers:
-            if layer.index is not None:
-                layer.index.advance(n)
+        advance([layer.index for layer in self.tls_layers if layer.index is not None], n)
 
     def fit_where_due(self) -> None:
         """Index what layers hold, and choose new label projections where the context has outgrown them.
@@ -266,6 +265,11 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         """The same at the end of a compiled step."""
         if self.offloaded_layers:
             ops.join(self.offloaded_layers[-1].opened().pool)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``model.generate`` may decode by the compiled step: on CUDA, and unless ``disable_compile`` is set."""
+        return self._device is None or why_not_compiled(self, self._device) is None
 
     @property
     def counters(self) -> list[Tensor]:

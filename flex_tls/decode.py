@@ -14,17 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._code import with_own_code
 from .cache import TLSCache
-from .cache_layer import TLSLayer
 from .capture import captured
-from .device import why_not_here
-from .fused import why_not_configured
-from .integrations.huggingface import STEP, enabled, end_of_sequence_ids
+from .integrations.huggingface import enabled, end_of_sequence_ids
 from .lookup import lookup_steps
-from .notice import clock
 from .prefill import read_prompt
 from .sampling import Sampling
+from .step import DecodeStep, why_not_compiled
 from .stopping import Stops
 
 # Steps that may be under way before the host looks at the oldest one's tokens
@@ -134,27 +130,6 @@ def _collect(loop: Loop, steps: Generator[Tensor, None, None], streamer: Any) ->
     return torch.stack(tokens, 1)
 
 
-class _Step:
-    """What the model's attention meets during a compiled step: in place of a cache, and as keyword argument."""
-
-    is_compileable = True
-
-    def __init__(self, layers: list[TLSLayer], start: Tensor, arrivals: Tensor, sparse: bool) -> None:
-        self.layers, self.start, self.arrivals, self.sparse = layers, start, arrivals, sparse
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values themselves: :meth:`attend` writes them."""
-        return key, value
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Unused: positions are given."""
-        return 0
-
-    def attend(self, layer: TLSLayer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Write and attend: [B, HQ, 1, D]."""
-        return layer.decode(q, k, v, self.start, scale=scale, sparse=self.sparse, arrivals=self.arrivals)
-
-
 class Loop:
     """Decoding state on the device.
 
@@ -257,66 +232,6 @@ class Loop:
             return run
         state = [self.token, self.start, self.ended, self.report, self.seen, self.stops.tail, *self.cache.counters]
         return captured(run, [x for x in state if x is not None], self.generator)
-
-
-class DecodeStep:
-    """One forward of ``model`` over its cache, compiled whole: (token int64 [B, 1], start int64 [B]) -> logits [B, V].
-
-    ``start``: tokens that each row holds. Writes keys, values and labels at that place, and counts nothing.
-    """
-
-    def __init__(self, model: Any, cache: TLSCache, sparse: bool, options: Mapping[str, Any] | None = None) -> None:
-        layers = cache.tls_layers
-        rows = cache.batch_size * cache.shape.n_kv_heads
-        arrivals = torch.zeros(rows, dtype=torch.int32, device=next(model.parameters()).device)
-
-        def forward(token: Tensor, start: Tensor) -> Tensor:
-            step = _Step(layers, start, arrivals, sparse)
-            out = model(
-                token, position_ids=start[:, None], past_key_values=step, use_cache=True, logits_to_keep=1,
-                **{STEP: step},
-            )  # fmt: skip
-            cache.join_in_step()
-            logits: Tensor = out.logits[:, -1]
-            return logits
-
-        self.forward = torch.compile(
-            with_own_code(forward), fullgraph=True, dynamic=False, options=dict(options or {})
-        )  # fmt: skip
-        self.has_run = False
-
-    @classmethod
-    def of(cls, model: Any, cache: TLSCache, sparse: bool, options: Mapping[str, Any] | None = None) -> DecodeStep:
-        """The cache's own step for ``model``: the next turn finds it compiled."""
-        key = (model, cache.batch_size, sparse, repr(sorted((options or {}).items())))
-        step: DecodeStep | None = cache.compiled_steps.get(key)
-        if step is None:
-            step = cache.compiled_steps[key] = cls(model, cache, sparse, options)
-        return step
-
-    def __call__(self, token: Tensor, start: Tensor, progress: bool = False) -> Tensor:
-        """Logits [B, V] of the tokens after ``token``. The first call compiles; ``progress`` shows for how long."""
-        with torch.no_grad(), clock("compiling the step", progress and not self.has_run):
-            logits: Tensor = self.forward(token, start)
-        self.has_run = True
-        return logits
-
-
-def why_not_compiled(cache: TLSCache, device: torch.device) -> str | None:
-    """What keeps a cache from the compiled step on ``device``; None if nothing does."""
-    if cache.backend not in ("auto", "triton"):
-        return f"the compiled step runs the fused kernel, backend='auto' or 'triton', got {cache.backend!r}"
-    if cache.recorder is not None:
-        return "the compiled step records nothing, which the cache's recorder asks for"
-    if obstacle := why_not_configured(cache.cfg):
-        return obstacle
-    if cache.offload_config is not None and cache.offload_config.transfer != "kernel":
-        return f"the compiled step moves blocks by a kernel, transfer='kernel', got {cache.offload_config.transfer!r}"
-    if any(layer.window is not None for layer in cache.tls_layers):
-        return "the compiled step has no sliding windows, which this model's layers have"
-    if cache.auditor is not None:
-        return "the compiled step compares no selection with its true attention, which audit_every asks for"
-    return why_not_here(device)
 
 
 def check_options(options: Mapping[str, Any] | None) -> None:

@@ -12,11 +12,11 @@ from .attention import BackendUnavailable, resolve_backend
 from .cache import TLSCache
 from .cache_layer import TLSLayer
 from .config import TLSConfig
-from .decode import why_not_compiled
 from .fused import why_not_fused
 from .model_config import ModelShape, read_model_config
 from .offloaded_layer import OffloadedLayer
 from .paged import WHY_NOT_PAGED
+from .step import why_not_compiled
 
 # Files of flex_tls.kernels
 APPEND, FUSED, ATTEND_ALL, ATTEND_ARRIVED = "append", "two_level", "attend", "attend_arrived"

@@ -229,12 +229,6 @@ class KVIndex:
         self.seq_lens += t if counts is None else counts
         self.max_len = longest
 
-    def advance(self, n: int) -> None:
-        """Count ``n`` more tokens of every row, whose labels a compiled step wrote (see ``flex_tls.static``)."""
-        self._check_room(self.max_len + n)
-        self.seq_lens += n
-        self.max_len += n
-
     def crop(self, seq_lens: Tensor | int, k: Tensor | None = None) -> None:
         """Keep the first ``seq_lens`` tokens of each row (an int, or int [B]); rows already shorter stay.
 
@@ -335,6 +329,18 @@ class KVIndex:
                 f"index: expected at most capacity_tokens={self.capacity_tokens} tokens a row, {longest} needed; "
                 f"build it with capacity_tokens of at least {longest}"
             )
+
+
+def advance(indexes: Sequence[KVIndex], n: int) -> None:
+    """Count ``n`` more tokens of every row, whose labels a compiled step wrote (see ``flex_tls.static``).
+
+    All layers in one launch: transformers' ``generate`` counts after every token.
+    """
+    for index in indexes:
+        index._check_room(index.max_len + n)
+    torch._foreach_add_([index.seq_lens for index in indexes], n)
+    for index in indexes:
+        index.max_len += n
 
 
 def fit(indexes: Sequence[KVIndex], keys: Sequence[KeyChunks], lens: Tensor) -> None:

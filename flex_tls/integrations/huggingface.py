@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,10 @@ from transformers.modeling_utils import AttentionInterface
 from ..cache import TLSCache
 from ..cache_layer import TLSLayer
 from ..model_config import read_model_config, unsupported
+from ..step import STEP
+from .automatic import CompiledForward
 
 NAME = "flex_tls"
-
-# Keyword argument by which the compiled loop (flex_tls.decode) hands its step through the model to its attention
-STEP = "flex_tls_step"
 
 # Keyword arguments by which models ask for attention that is not softmax(scale * q k); None or absent elsewhere
 FOREIGN = ("softcap", "s_aux", "position_bias")
@@ -39,6 +39,7 @@ class _Enabled:
 
     previous: str
     handle: RemovableHandle
+    model: PreTrainedModel
 
 
 def enable(model: PreTrainedModel) -> None:
@@ -63,7 +64,10 @@ def enable(model: PreTrainedModel) -> None:
     previous = str(model.config._attn_implementation)
     model.set_attn_implementation(NAME)
     handle = decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    object.__setattr__(decoder, "_flex_tls", _Enabled(previous, handle))
+    object.__setattr__(decoder, "_flex_tls", _Enabled(previous, handle, model))
+    # What ``generate`` asks the model for where a cache is compileable
+    object.__setattr__(model, "get_compiled_call", partial(_compiled_call, model))
+    object.__setattr__(model, "create_masks_for_generate", _padding_mask)
 
 
 def disable(model: PreTrainedModel) -> None:
@@ -74,6 +78,8 @@ def disable(model: PreTrainedModel) -> None:
         return
     state.handle.remove()
     object.__delattr__(decoder, "_flex_tls")
+    object.__delattr__(state.model, "get_compiled_call")
+    object.__delattr__(state.model, "create_masks_for_generate")
     model.set_attn_implementation(state.previous)
 
 
@@ -127,6 +133,16 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = layer.attend(query, scale) if step is None else step.attend(layer, query, key, value, scale)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _compiled_call(model: PreTrainedModel, compile_config: Any) -> CompiledForward:
+    """What ``generate`` decodes by; of transformers' ``CompileConfig`` only Inductor's options say anything."""
+    return CompiledForward(model, None if compile_config is None else compile_config.options)
+
+
+def _padding_mask(*, attention_mask: Tensor, **_: Any) -> Tensor:
+    """The 2-D mask as it is: the cache reads it."""
+    return attention_mask
 
 
 def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
