@@ -268,7 +268,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
 
     @property
     def is_compileable(self) -> bool:
-        """Whether ``model.generate`` may decode by the compiled step: on CUDA, and unless ``disable_compile`` is set."""
+        """Whether ``model.generate`` may decode by the compiled step: on CUDA, without ``disable_compile``."""
         return self._device is None or why_not_compiled(self, self._device) is None
 
     @property

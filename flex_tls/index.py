@@ -338,7 +338,8 @@ def advance(indexes: Sequence[KVIndex], n: int) -> None:
     """
     for index in indexes:
         index._check_room(index.max_len + n)
-    torch._foreach_add_([index.seq_lens for index in indexes], n)
+    if indexes:
+        torch._foreach_add_([index.seq_lens for index in indexes], n)
     for index in indexes:
         index.max_len += n
 

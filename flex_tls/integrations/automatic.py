@@ -1,8 +1,8 @@
 """transformers' automatic compilation: ``model.generate`` decodes by the compiled step of ``tls.generate``.
 
 ``generate`` asks a cache whether it ``is_compileable``, and the model for its compiled forward. transformers would
-compile ``model.__call__``; an enabled model gives :class:`CompiledForward` instead, in which the host's decisions (which
-step, is the index to be fitted anew, is there room) come between two steps.
+compile ``model.__call__``; an enabled model gives :class:`CompiledForward` instead, in which the host's decisions come
+between two steps: which step, whether the index is fitted anew, whether there is room.
 """
 
 from __future__ import annotations
