@@ -110,8 +110,8 @@ def test_what_cannot_be_compiled_runs_as_before(calls: list[bool]) -> None:
 
 def test_a_full_cache_says_so() -> None:
     model, inputs = enabled(), prompts(90)
-    cache = tls.TLSCache(model.config, SPARSE, max_len=93)
-    with pytest.raises(ValueError, match="max_len: expected room for 94 tokens"):
+    cache = tls.TLSCache(model.config, SPARSE, max_len=92)
+    with pytest.raises(ValueError, match="max_len: expected room for 93 tokens"):
         generate(model, cache, **inputs)
 
 
