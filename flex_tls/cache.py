@@ -267,6 +267,11 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         if self.offloaded_layers:
             ops.join(self.offloaded_layers[-1].opened().pool)
 
+    def rejoin(self) -> None:
+        """The same where a step breaks off while a graph records it, wherever it had come to."""
+        for device in {layer.opened().pool.slots.device for layer in self.offloaded_layers}:
+            ops.rejoin(device)
+
     @property
     def counters(self) -> list[Tensor]:
         """What :meth:`stats` reads, on the device."""

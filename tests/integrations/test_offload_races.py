@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,6 +189,46 @@ def test_a_cache_saved_behind_compiled_steps_holds_what_they_appended(case: Case
         assert torch.equal(case.whole(first, n_more), case.tokens)
         assert torch.equal(case._replace(cache=loaded).whole(first, n_more), case.tokens)
     loaded.close()
+
+
+BROKEN_RECORDING = """
+import torch
+import flex_tls as tls
+from flex_tls import fused_pool
+from tests.integrations.models import SPARSE, make, prompts
+
+model, ids = make("qwen3").cuda(), prompts(90)["input_ids"].cuda()
+cache = tls.TLSCache(model.config, SPARSE, max_len=130, offload=tls.OffloadConfig(policy="exact"))
+run = lambda: tls.generate(model, ids, cache=cache, max_new_tokens=8)
+want, stream, launch, recorded = run(), torch.cuda.current_stream(), fused_pool.launch, []
+
+def fails(*arguments, **options):
+    if options.get("given") is not None and torch.cuda.is_current_stream_capturing():
+        recorded.append(options)
+        if len(recorded) == 2:
+            raise RuntimeError("after the fork")
+    return launch(*arguments, **options)
+
+fused_pool.launch = fails
+cache.reset()
+try:
+    run()
+except RuntimeError as error:
+    assert str(error) == "after the fork", error
+else:
+    raise AssertionError("nothing failed")
+fused_pool.launch = launch
+assert torch.cuda.current_stream() == stream
+assert cache.seq_lens == [90]
+cache.reset()
+assert torch.equal(run(), want)
+cache.close()
+"""
+
+
+def test_a_graph_that_breaks_off_between_fork_and_join_while_it_is_recorded_harms_nothing() -> None:
+    """In a process of its own: a capture that could not end would leave all later tests on its stream."""
+    subprocess.run([sys.executable, "-c", BROKEN_RECORDING], check=True, cwd=Path(__file__).parents[2])
 
 
 @pytest.mark.parametrize("policy", ["async", "exact", "corrected"])
