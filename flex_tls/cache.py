@@ -266,6 +266,11 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         if self.offloaded_layers:
             ops.join(self.offloaded_layers[-1].opened().pool)
 
+    def rejoin(self) -> None:
+        """The same where a step breaks off while a graph records it, wherever it had come to."""
+        for device in {layer.opened().pool.slots.device for layer in self.offloaded_layers}:
+            ops.rejoin(device)
+
     @property
     def is_compileable(self) -> bool:
         """Whether ``model.generate`` may decode by the compiled step: on CUDA, without ``disable_compile``."""

@@ -11,29 +11,42 @@ WARM_UP = 2
 
 
 def captured(
-    call: Callable[[], None], state: Sequence[Tensor], generator: torch.Generator | None = None
-) -> Callable[[], None]:
+    call: Callable[[], None], state: Sequence[Tensor], generator: torch.Generator | None = None,
+    rejoin: Callable[[], None] = lambda: None,
+) -> Callable[[], None]:  # fmt: skip
     """A function that replays ``call``, which reads and writes tensors at fixed addresses and returns nothing.
 
     ``call`` runs twice before it is recorded, on a stream of its own; what it did to ``state`` and to ``generator`` is
     taken back each time, so that the first replay is its first effect. Other things that it writes stay: a pool of
     block slots (offload) then holds what the first step selects.
+
+    If it raises while it is recorded, ``rejoin`` joins the streams that it forked: a capture with a stream outside
+    cannot end, and one that cannot end leaves this thread on its stream.
     """
     kept = [x.clone() for x in state]
     randomness = None if generator is None else generator.get_state()
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call,unused-ignore]
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            call()
-            for x, old in zip(state, kept, strict=True):
-                x.copy_(old)
-    torch.cuda.current_stream().wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                try:
+                    call()
+                finally:
+                    for x, old in zip(state, kept, strict=True):
+                        x.copy_(old)
+    finally:
+        # Also what it did before it raised
+        torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     if generator is not None and randomness is not None:
         generator.set_state(randomness)
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
-        call()
+        try:
+            call()
+        except BaseException:
+            rejoin()
+            raise
     replay: Callable[[], None] = graph.replay
     return replay

@@ -231,7 +231,7 @@ class Loop:
         if not self.token.is_cuda:
             return run
         state = [self.token, self.start, self.ended, self.report, self.seen, self.stops.tail, *self.cache.counters]
-        return captured(run, [x for x in state if x is not None], self.generator)
+        return captured(run, [x for x in state if x is not None], self.generator, self.cache.rejoin)
 
 
 def check_options(options: Mapping[str, Any] | None) -> None:

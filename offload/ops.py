@@ -62,6 +62,16 @@ def join(pool: DevicePool) -> None:
     join_transfers(pool.slots)
 
 
+def rejoin(device: torch.device) -> None:
+    """Bring back into the current stream's capture what it has forked, if anything; see ``flex_tls/capture.py``."""
+    current = torch.cuda.current_stream(device)
+    for stream in (urgent_stream(device), side_stream(device)):
+        with torch.cuda.stream(stream):
+            forked = torch.cuda.is_current_stream_capturing()
+        if forked:
+            current.wait_stream(stream)
+
+
 @torch.library.custom_op("flex_tls::plan_residency", mutates_args=_TABLES)
 def plan_residency(
     ids: Tensor, scores: Tensor | None, start: Tensor, seq_lens: Tensor, slot_of_block: Tensor, block_of_slot: Tensor,

@@ -45,12 +45,12 @@ def device_mallocs() -> int:
     return found
 
 
-def started(sampling: tls.Sampling | None) -> tuple[Loop, Any]:
+def started(sampling: tls.Sampling | None, offload: tls.OffloadConfig | None = None) -> tuple[Loop, Any]:
     """A loop behind a prompt of ragged rows, with stop strings, and its steps; sparse from the first."""
     model = make("qwen3").cuda()
     inputs = {name: x.cuda() for name, x in prompts(90, 64).items()}
     ids = inputs["input_ids"]
-    cache = tls.TLSCache(model.config, SPARSE, batch_size=2, max_len=90 + STEPS + 50)
+    cache = tls.TLSCache(model.config, SPARSE, batch_size=2, max_len=90 + STEPS + 50, offload=offload)
     # Neither can occur: rows go on to the end, and are looked at in every step
     stops = Stops(ids, [500], ["no such string"], tokenizer())
     loop = Loop(model, cache, ids, sampling, stops, seed=None if sampling is None else 0)
@@ -76,24 +76,59 @@ def test_a_step_waits_for_nothing_allocates_nothing_and_compiles_nothing(samplin
     assert loop.cache.seq_lens == [n + STEPS + 3 * LAG for n in (90, 64)]
 
 
+def calls_of(steps: Any, n: int) -> dict[str, int]:
+    """How often ``n`` steps call what, by the profiler."""
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(n):
+            next(steps)
+        torch.cuda.synchronize()
+    counts: dict[str, int] = {}
+    for event in profile.events():
+        counts[event.name] = counts.get(event.name, 0) + 1
+    return counts
+
+
 def test_a_step_is_one_graph_launch() -> None:
     loop, steps = started(None)
     n = 20
     with torch.no_grad(), enabled(loop.model):
         for _ in range(2 * LAG):
             next(steps)
-        torch.cuda.synchronize()
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            for _ in range(n):
-                next(steps)
-            torch.cuda.synchronize()
+        counts = calls_of(steps, n)
         steps.close()
-    counts: dict[str, int] = {}
-    for event in profile.events():
-        counts[event.name] = counts.get(event.name, 0) + 1
     assert counts.get("cudaGraphLaunch") == n
     assert not [name for name in counts if "LaunchKernel" in name], counts
+
+
+@pytest.mark.parametrize(("policy", "sampling"), [("async", "sampled"), ("exact", "greedy"), ("corrected", "sampled")])
+def test_a_step_over_host_memory_is_one_graph_launch_that_waits_for_nothing(policy: Any, sampling: str) -> None:
+    """As without offload: no synchronisation, allocation or compilation; plan, transfers and join are in the graph."""
+    # A bound that random weights often pass, and often do not
+    loop, steps = started(SAMPLINGS[sampling], tls.OffloadConfig(policy=policy, missing_mass_bound=0.2))
+    n = 20
+    with torch.no_grad(), enabled(loop.model):
+        for _ in range(2 * LAG):
+            next(steps)
+        graphs, mallocs = torch._dynamo.utils.counters["stats"]["unique_graphs"], device_mallocs()
+        with no_synchronisation():
+            seen = [next(steps) for _ in range(STEPS - n)]
+        assert device_mallocs() == mallocs
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        # Last: the profiler itself allocates
+        counts = calls_of(steps, n)
+        steps.close()
+    assert counts.get("cudaGraphLaunch") == n
+    assert not [name for name in counts if "LaunchKernel" in name], counts
+    assert len({tuple(report[0].tolist()) for report in seen}) > 10
+    assert loop.cache.seq_lens == [n + STEPS + 3 * LAG for n in (90, 64)]
+    for layer, stats in zip(loop.cache.offloaded_layers, loop.cache.stats().values(), strict=True):
+        layer.opened().check_integrity()
+        assert stats.steps == STEPS + 3 * LAG
+        # Blocks did cross the link, and only who may wait did
+        assert stats.hit_rate < 1.0
+        assert (stats.waits > 0.0) == (policy != "async")
 
 
 def test_prompts_of_other_lengths_compile_nothing_over_many_tokens() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import flex_tls as tls
 from flex_tls import saved
-from tests.integrations.models import SPARSE, make, prompts
+from tests.integrations.models import FULL, SPARSE, make, prompts
 
 EXACT = tls.OffloadConfig(policy="exact")
 INT8 = tls.OffloadConfig(policy="exact", store_dtype="int8")
@@ -31,8 +31,8 @@ def go_on(model: Any, cache: tls.TLSCache, n: int = 6) -> Tensor:
     """Logits of ``n`` further tokens."""
     out = []
     for i in range(n):
-        position = torch.tensor(cache.seq_lens)[:, None]
-        token = torch.full((cache.batch_size, 1), 5 + i)
+        position = torch.tensor(cache.seq_lens, device=model.device)[:, None]
+        token = torch.full((cache.batch_size, 1), 5 + i, device=model.device)
         out.append(model(token, position_ids=position, past_key_values=cache).logits)
     return torch.cat(out, 1)
 
@@ -67,6 +67,47 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(
         model(torch.tensor([[4], [4]]), attention_mask=mask, past_key_values=loaded)
         with pytest.raises(ValueError, match="expected the 97 cached columns to stay as they were"):
             model(torch.tensor([[4], [4]]), attention_mask=torch.ones(2, 98), past_key_values=loaded)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("offload", "n_before"), [(tls.OffloadConfig(), 0), (EXACT, 5), (INT8, 5)], ids=["async", "exact", "int8"]
+)
+def test_a_cache_saved_on_a_gpu_goes_on_there(offload: tls.OffloadConfig, n_before: int, tmp_path: Path) -> None:
+    """Behind steps too, whose tokens went through the pool. With "async" behind the prompt: a loaded pool is cold."""
+    model, inputs = make("qwen3").cuda(), {name: x.cuda() for name, x in prompts(90, 41).items()}
+    tls.enable(model)
+    cache = new_cache(model, batch_size=2, offload=offload)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    if n_before:
+        go_on(model, cache, n_before)
+    cache.save(tmp_path / "document")
+    want = go_on(model, cache)
+    loaded = tls.TLSCache.load(
+        tmp_path / "document", model.config, device="cuda", backend="reference", offload=offload
+    )  # fmt: skip
+    assert loaded.seq_lens == [90 + n_before, 41 + n_before]
+    assert torch.equal(go_on(model, loaded), want)
+    assert bool(want.isfinite().all())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("after", [None, EXACT], ids=["without", "offload"])
+def test_a_cache_saved_on_a_gpu_goes_on_on_a_cpu(after: tls.OffloadConfig | None, tmp_path: Path) -> None:
+    """Budgets hold the context: where blocks compete, other rounding may choose another one."""
+    model, inputs = make("qwen3").cuda(), {name: x.cuda() for name, x in prompts(90, 41).items()}
+    tls.enable(model)
+    cache = new_cache(model, FULL, batch_size=2, offload=EXACT)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    go_on(model, cache, 3)
+    cache.save(tmp_path / "document")
+    want = go_on(model, cache).cpu()
+    loaded = tls.TLSCache.load(tmp_path / "document", model.config, backend="reference", offload=after)
+    got = go_on(model.cpu(), loaded)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert torch.equal(got.argmax(-1), want.argmax(-1))
 
 
 def test_a_cache_that_began_dense_can_be_loaded_with_offload(tmp_path: Path) -> None:

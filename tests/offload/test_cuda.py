@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,10 @@ from flex_tls.offload.transfers import side_stream, urgent_stream
 from torch import Tensor
 
 import flex_tls as tls
+from flex_tls import offloaded_layer
 from flex_tls.pages import Pages
 from tests.integrations.models import SPARSE, make, prompts
+from tests.integrations.watched import come_late
 from tests.offload.machine import poison
 
 pytestmark = pytest.mark.cuda
@@ -272,3 +275,56 @@ def test_a_hundred_caches_leave_no_byte_behind() -> None:
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())
     assert held[-1] == held[10]
+
+
+@pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "closed"])
+@pytest.mark.parametrize("policy", ["async", "exact"])
+def test_a_step_that_fails_between_fork_and_join_leaves_no_stream_hanging_and_no_byte_behind(
+    policy: Any, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It breaks off while its transfers are on their way, tens of milliseconds late."""
+    model, ids = make("llama").to(DEVICE), prompts(90)["input_ids"].to(DEVICE)
+    tls.enable(model)
+
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("after the fork")
+
+    @torch.no_grad()
+    def life(broken: bool) -> list[Tensor]:
+        cache = tls.TLSCache(
+            model.config, SPARSE, max_len=120, offload=OffloadConfig(policy=policy), backend="reference"
+        )
+        model(ids, past_key_values=cache)
+        outs = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(3)]
+        if broken:
+            with monkeypatch.context() as patch:
+                come_late(patch, cycles=100_000_000)
+                patch.setattr(offloaded_layer, "attend_pages", fails)
+                with pytest.raises(RuntimeError, match="after the fork"):
+                    model(ids[:, 3:4], past_key_values=cache)
+                assert not side_stream(DEVICE).query()
+        if goes_on:
+            outs += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(3, 6)]
+            cache.offloaded_layers[0].opened().check_integrity()
+            assert cache.seq_lens == [96]
+        stores = [layer.opened().store.rows for layer in cache.offloaded_layers]
+        assert all(rows.is_pinned() for rows in stores)
+        cache.close()
+        # Whatever was on its way has come to its end, and the device reads this memory no more
+        assert side_stream(DEVICE).query()
+        assert urgent_stream(DEVICE).query()
+        assert not any(rows.is_pinned() for rows in stores)
+        return [out.cpu() for out in outs]
+
+    def device_bytes() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    want = life(False)
+    before = device_bytes()
+    got = life(True)
+    assert device_bytes() == before
+    assert all(bool(out.isfinite().all()) for out in got)
+    if policy == "exact":
+        assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in zip(got, want, strict=True))
