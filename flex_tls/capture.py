@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 WARM_UP = 2
+
+
+@cache
+def _warm_up_stream(device: int) -> torch.cuda.Stream:
+    """One for all calls: cuBLAS keeps some memory of its own for every stream that it has met."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call,unused-ignore]
 
 
 def captured(
@@ -25,7 +32,7 @@ def captured(
     """
     kept = [x.clone() for x in state]
     randomness = None if generator is None else generator.get_state()
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call,unused-ignore]
+    side = _warm_up_stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(side):

@@ -99,7 +99,9 @@ class _Replays:
             self.logits = step(self.token, self.start, sys.stderr.isatty())
             self.start += 1
 
-        return captured(run, [self.token, self.start, *self.cache.counters]) if self.token.is_cuda else run
+        if not self.token.is_cuda:
+            return run
+        return captured(run, [self.token, self.start, *self.cache.counters], rejoin=self.cache.rejoin)
 
 
 def _is_step(inputs: Mapping[str, Any]) -> bool:
