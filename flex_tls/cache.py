@@ -20,7 +20,14 @@ from .footprint import Footprint, check_fits, footprint
 from .index import KVIndex, fit
 from .model_config import ModelShape, read_model_config
 from .offload import LayerStats, OffloadConfig, ops
-from .offloaded_layer import OffloadedLayer, allocate_offloaded, balanced_pools, choose_offloaded, size_pools
+from .offloaded_layer import (
+    OffloadedLayer,
+    allocate_offloaded,
+    balanced_pools,
+    check_rows,
+    choose_offloaded,
+    size_pools,
+)
 from .paged import paged_backend
 from .progress import Progress
 from .record import Recorder
@@ -198,8 +205,12 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
             layer.cut(progress.lens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes the former row ``beam_idx[i]``, int64 [B]."""
+        """Row i becomes the former row ``beam_idx[i]``, int64 [B].
+
+        Raises MemoryError, before anything has changed, if the host cannot hold as many rows.
+        """
         self._settle()
+        check_rows(self.offloaded_layers, beam_idx.shape[0])
         with torch.no_grad():
             for layer in self.tls_layers:
                 layer.take_rows(beam_idx)

@@ -375,6 +375,17 @@ def allocate_offloaded(
         layer.place(store, config, reader)
 
 
+def check_rows(layers: list[OffloadedLayer], n_rows: int) -> None:
+    """Raise MemoryError unless the host can hold ``n_rows`` rows of every layer, resized one after another."""
+    stores = [layer.engine.store for layer in layers if layer.engine is not None]
+    if not stores or n_rows == stores[0].rows.shape[0]:
+        return
+    new = [store.nbytes // store.rows.shape[0] * n_rows for store in stores]
+    # Each former store goes when its successor is there
+    grown = sum(max(0, after - store.nbytes) for after, store in zip(new, stores, strict=True))
+    check_host_bytes(grown + min(new[-1], stores[-1].nbytes), f"a batch of {n_rows} rows", host_bytes_available())
+
+
 def _joined(parts: list[Attended]) -> Attended:
     """One result for query tokens that were taken in pieces."""
     blocks = [x.blocks for x in parts if x.blocks is not None]
