@@ -442,10 +442,10 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
                 for layer in self.tls_layers:
                     if not layer.is_initialized:
                         layer.allocate(dtype, device)
-        except (RuntimeError, MemoryError) as error:
+        except BaseException as error:
             for layer in self.tls_layers:
                 layer.release()
-            if isinstance(error, MemoryError):
+            if not isinstance(error, RuntimeError):
                 raise
             if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise

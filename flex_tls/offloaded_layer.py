@@ -371,8 +371,13 @@ def allocate_offloaded(
             block_size=shared.cfg.block_size, head_dim=shape.head_dim, dtype=dtype, pinned=device.type == "cuda",
             store_dtype=config.store_dtype,
         )  # fmt: skip
-        reader = reader or RowReader(store, device, PIECE_TOKENS)
-        layer.place(store, config, reader)
+        try:
+            reader = reader or RowReader(store, device, PIECE_TOKENS)
+            layer.place(store, config, reader)
+        except BaseException:
+            # A layer that has no engine yet does not know its store
+            store.close()
+            raise
 
 
 def check_rows(layers: list[OffloadedLayer], n_rows: int) -> None:

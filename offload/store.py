@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,14 @@ class HostStore(Blocks):
             batch_size, n_kv_heads, n_blocks, block_size, 2, head_dim, dtype=dtype, store_dtype=store_dtype
         )
         self.dtype, self.store_dtype, self.pinned = dtype, store_dtype, pinned
-        self._unpin = [weakref.finalize(self, _unpin, _pin(x)) for x in self.parts] if pinned else []
+        self._unpin: list[Callable[[], object]] = []
+        try:
+            for part in self.parts if pinned else ():
+                self._unpin.append(weakref.finalize(self, _unpin, _pin(part)))
+        except BaseException:
+            # Not when the error's traceback is forgotten: its catcher may try again
+            self.close()
+            raise
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
