@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -115,11 +116,18 @@ def _pin(rows: Tensor) -> Tensor:
     n_bytes = rows.numel() * rows.element_size()
     status = int(torch.cuda.cudart().cudaHostRegister(rows.data_ptr(), n_bytes, 0))  # type: ignore[no-untyped-call,unused-ignore]
     if status != 0:
+        _forget_error()
         raise MemoryError(
             f"offload: {n_bytes:,} bytes of host memory could not be page-locked (CUDA error {status}); lower max_len "
             "or batch_size, or raise the limit of locked memory (ulimit -l)"
         )
     return rows
+
+
+def _forget_error() -> None:
+    """Let a kernel's launch report the runtime's last error: else somebody's next launch would, for no fault of its."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def _unpin(rows: Tensor) -> None:

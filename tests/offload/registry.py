@@ -56,6 +56,7 @@ def count_page_locked(monkeypatch: pytest.MonkeyPatch, device: str) -> Registry:
     registry = Registry(torch.cuda.cudart() if torch.cuda.is_available() else None)
     if registry.real is None:
         monkeypatch.setattr(torch.cuda, "init", lambda: None)
+        monkeypatch.setattr("flex_tls.offload.store._forget_error", lambda: None)
     if device == "cpu":
         monkeypatch.setattr("flex_tls.offloaded_layer.HostStore", partial(_locked, HostStore))
     monkeypatch.setattr(torch.cuda, "cudart", lambda: registry)
