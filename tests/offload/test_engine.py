@@ -219,3 +219,10 @@ def test_tokens_are_appended_to_an_open_engine_only() -> None:
     token = torch.zeros(2, 2, 1, 4)
     with pytest.raises(RuntimeError, match="expected an open engine and at most 2 tokens, got 1"):
         engine.append(token, token, torch.tensor([0, 0]))
+
+
+def test_a_row_that_is_copied_takes_its_counts_along() -> None:
+    engine, _ = make_engine(OffloadConfig())
+    engine.pool.counters[1] = 3
+    engine.take_rows(torch.tensor([1, 1]), 0)
+    assert bool((engine.pool.counters == 3).all())
