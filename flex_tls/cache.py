@@ -334,19 +334,21 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
             ValueError: another model, no such folder, a damaged file; says which.
         """
         found = saved.describe(path)
-        cfg = saved.config_of(found)
+        saved.check_model(found, read_model_config(model_config))
+        cfg = saved.config_of(path, found)
+        room = max_len or found["max_len"]
+        if room < found["columns"]:
+            raise ValueError(f"max_len: expected at least {found['columns']}, the saved columns, got {max_len}")
         if offload is not None:
             cfg = replace(cfg, sparse_from_tokens=0)
         cache = cls(
-            model_config, cfg, batch_size=found["batch_size"], max_len=max_len or found["max_len"],
-            dtype=getattr(torch, found["dtype"]), device=device, backend=backend, offload=offload,
+            model_config, cfg, batch_size=found["batch_size"], max_len=room, dtype=getattr(torch, found["dtype"]),
+            device=device, backend=backend, offload=offload,
         )  # fmt: skip
-        if cache.max_len < found["columns"]:
-            raise ValueError(f"max_len: expected at least {found['columns']}, the saved columns, got {max_len}")
         try:
             with torch.no_grad():
                 saved.fill(cache, path, found)
-        except ValueError:
+        except BaseException:
             cache.close()
             raise
         return cache
