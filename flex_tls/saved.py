@@ -72,8 +72,8 @@ def save(cache: TLSCache, path: str | Path) -> None:
             write(_state(layer, max(cache.seq_lens)), _name(layer.layer_idx))
         (part / "cache.json").write_text(json.dumps(described, indent=1))
         part.rename(path)
-    except SafetensorError as error:
-        # What the library makes of a full disk
+    except (OSError, SafetensorError) as error:
+        # A full disk is the one or the other, by who was writing
         raise OSError(f"{path} could not be written: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
