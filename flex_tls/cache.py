@@ -20,7 +20,14 @@ from .footprint import Footprint, check_fits, footprint
 from .index import KVIndex, advance, fit
 from .model_config import ModelShape, read_model_config
 from .offload import LayerStats, OffloadConfig, ops
-from .offloaded_layer import OffloadedLayer, allocate_offloaded, balanced_pools, choose_offloaded, size_pools
+from .offloaded_layer import (
+    OffloadedLayer,
+    allocate_offloaded,
+    balanced_pools,
+    check_rows,
+    choose_offloaded,
+    size_pools,
+)
 from .paged import paged_backend
 from .progress import Progress
 from .record import Recorder
@@ -197,8 +204,12 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
             layer.cut(progress.lens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes the former row ``beam_idx[i]``, int64 [B]."""
+        """Row i becomes the former row ``beam_idx[i]``, int64 [B].
+
+        Raises MemoryError, before anything has changed, if the host cannot hold as many rows.
+        """
         self._settle()
+        check_rows(self.offloaded_layers, beam_idx.shape[0])
         with torch.no_grad():
             for layer in self.tls_layers:
                 layer.take_rows(beam_idx)
@@ -332,19 +343,21 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
             ValueError: another model, no such folder, a damaged file; says which.
         """
         found = saved.describe(path)
-        cfg = saved.config_of(found)
+        saved.check_model(found, read_model_config(model_config))
+        cfg = saved.config_of(path, found)
+        room = max_len or found["max_len"]
+        if room < found["columns"]:
+            raise ValueError(f"max_len: expected at least {found['columns']}, the saved columns, got {max_len}")
         if offload is not None:
             cfg = replace(cfg, sparse_from_tokens=0)
         cache = cls(
-            model_config, cfg, batch_size=found["batch_size"], max_len=max_len or found["max_len"],
-            dtype=getattr(torch, found["dtype"]), device=device, backend=backend, offload=offload,
+            model_config, cfg, batch_size=found["batch_size"], max_len=room, dtype=getattr(torch, found["dtype"]),
+            device=device, backend=backend, offload=offload,
         )  # fmt: skip
-        if cache.max_len < found["columns"]:
-            raise ValueError(f"max_len: expected at least {found['columns']}, the saved columns, got {max_len}")
         try:
             with torch.no_grad():
                 saved.fill(cache, path, found)
-        except ValueError:
+        except BaseException:
             cache.close()
             raise
         return cache
@@ -440,10 +453,10 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
                 for layer in self.tls_layers:
                     if not layer.is_initialized:
                         layer.allocate(dtype, device)
-        except (RuntimeError, MemoryError) as error:
+        except BaseException as error:
             for layer in self.tls_layers:
                 layer.release()
-            if isinstance(error, MemoryError):
+            if not isinstance(error, RuntimeError):
                 raise
             if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -76,6 +76,10 @@ class TLSConfig:
     sparse_from_tokens: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("block_size", "block_budget", "token_budget", "filter_dims"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (value is None and name in ("token_budget", "filter_dims")):
+                raise ValueError(f"{name}: expected an integer, got {value!r}")
         self._choice("block_size", (16, 32, 64, 128))
         self._check_labels()
         self._choice("index", get_args(IndexKind))
@@ -178,7 +182,7 @@ class TLSConfig:
         given = self.label_bits
         widths = tuple(given) if isinstance(given, tuple | list) else (given,)
         for bits in widths:
-            if bits not in LABEL_BITS:
+            if not isinstance(bits, int) or bits not in LABEL_BITS:
                 raise ValueError(f"label_bits: expected one of {', '.join(map(str, LABEL_BITS))}, got {bits!r}")
         if not widths:
             raise ValueError("label_bits: expected the bits of at least one word, got ()")

@@ -371,8 +371,24 @@ def allocate_offloaded(
             block_size=shared.cfg.block_size, head_dim=shape.head_dim, dtype=dtype, pinned=device.type == "cuda",
             store_dtype=config.store_dtype,
         )  # fmt: skip
-        reader = reader or RowReader(store, device, PIECE_TOKENS)
-        layer.place(store, config, reader)
+        try:
+            reader = reader or RowReader(store, device, PIECE_TOKENS)
+            layer.place(store, config, reader)
+        except BaseException:
+            # A layer that has no engine yet does not know its store
+            store.close()
+            raise
+
+
+def check_rows(layers: list[OffloadedLayer], n_rows: int) -> None:
+    """Raise MemoryError unless the host can hold ``n_rows`` rows of every layer, resized one after another."""
+    stores = [layer.engine.store for layer in layers if layer.engine is not None]
+    if not stores or n_rows == stores[0].rows.shape[0]:
+        return
+    new = [store.nbytes // store.rows.shape[0] * n_rows for store in stores]
+    # Each former store goes when its successor is there
+    grown = sum(max(0, after - store.nbytes) for after, store in zip(new, stores, strict=True))
+    check_host_bytes(grown + min(new[-1], stores[-1].nbytes), f"a batch of {n_rows} rows", host_bytes_available())
 
 
 def _joined(parts: list[Attended]) -> Attended:

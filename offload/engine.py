@@ -200,26 +200,13 @@ class LayerOffload:
 
     def resized(self, rows: Tensor) -> LayerOffload:
         """An engine of other rows, of which row i is a copy of ``rows[i]``; this one is closed for good."""
-        self.synchronize()
-        needed = self.store.nbytes // self.store.rows.shape[0] * rows.shape[0]
-        check_host_bytes(needed, "another batch size", host_bytes_available())
-        new = LayerOffload(
-            self.store.resized(rows), self.pool.resized(rows.to(self.pool.slots.device)), self.config, self.n_ahead,
-            self.transfers,
-        )  # fmt: skip
-        new.is_open, new.is_warm, new._chunk_bytes_out = self.is_open, self.is_warm, self._chunk_bytes_out
+        new = self._copy(rows, self.transfers, "another batch size")
         self.close()
         return new
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerOffload:
-        self.synchronize()
         rows = torch.arange(self.store.rows.shape[0])
-        copy = LayerOffload(
-            self.store.resized(rows), self.pool.resized(rows.to(self.pool.slots.device)), self.config, self.n_ahead,
-            make_transfers(self.pool.slots.device, self.config),
-        )  # fmt: skip
-        copy.is_open, copy.is_warm, copy._chunk_bytes_out = self.is_open, self.is_warm, self._chunk_bytes_out
-        return copy
+        return self._copy(rows, make_transfers(self.pool.slots.device, self.config), "a copy of the cache")
 
     def reset(self) -> None:
         """Forget every token and count; the buffers stay."""
@@ -275,6 +262,18 @@ class LayerOffload:
             pool_bytes=pool.nbytes,
             host_bytes=self.store.nbytes,
         )
+
+    def _copy(self, rows: Tensor, transfers: Transfers, what: str) -> LayerOffload:
+        """An engine whose row i is a copy of ``rows[i]``; MemoryError, for ``what``, if the host cannot hold it."""
+        self.synchronize()
+        needed = self.store.nbytes // self.store.rows.shape[0] * rows.shape[0]
+        check_host_bytes(needed, what, host_bytes_available())
+        new = LayerOffload(
+            self.store.resized(rows), self.pool.resized(rows.to(self.pool.slots.device)), self.config, self.n_ahead,
+            transfers,
+        )  # fmt: skip
+        new.is_open, new.is_warm, new._chunk_bytes_out = self.is_open, self.is_warm, self._chunk_bytes_out
+        return new
 
     def _plan(
         self, ids: Tensor, scores: Tensor | None, start: Tensor, seq_lens: Tensor, bound: float, resident_too: bool

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -30,7 +31,14 @@ class HostStore(Blocks):
             batch_size, n_kv_heads, n_blocks, block_size, 2, head_dim, dtype=dtype, store_dtype=store_dtype
         )
         self.dtype, self.store_dtype, self.pinned = dtype, store_dtype, pinned
-        self._unpin = [weakref.finalize(self, _unpin, _pin(x)) for x in self.parts] if pinned else []
+        self._unpin: list[Callable[[], object]] = []
+        try:
+            for part in self.parts if pinned else ():
+                self._unpin.append(weakref.finalize(self, _unpin, _pin(part)))
+        except BaseException:
+            # Not when the error's traceback is forgotten: its catcher may try again
+            self.close()
+            raise
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
@@ -108,11 +116,18 @@ def _pin(rows: Tensor) -> Tensor:
     n_bytes = rows.numel() * rows.element_size()
     status = int(torch.cuda.cudart().cudaHostRegister(rows.data_ptr(), n_bytes, 0))  # type: ignore[no-untyped-call,unused-ignore]
     if status != 0:
+        _forget_error()
         raise MemoryError(
             f"offload: {n_bytes:,} bytes of host memory could not be page-locked (CUDA error {status}); lower max_len "
             "or batch_size, or raise the limit of locked memory (ulimit -l)"
         )
     return rows
+
+
+def _forget_error() -> None:
+    """Let a kernel's launch report the runtime's last error: else somebody's next launch would, for no fault of its."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def _unpin(rows: Tensor) -> None:

@@ -15,6 +15,12 @@ import flex_tls as tls
     ("fields", "message"),
     [
         ({"block_size": 48}, r"block_size: expected one of 16, 32, 64, 128, got 48"),
+        ({"block_size": 32.0}, r"block_size: expected an integer, got 32\.0"),
+        ({"block_budget": "8192"}, r"block_budget: expected an integer, got '8192'"),
+        ({"block_budget": None}, r"block_budget: expected an integer, got None"),
+        ({"token_budget": 1024.0}, r"token_budget: expected an integer, got 1024\.0"),
+        ({"filter_dims": 8.0}, r"filter_dims: expected an integer, got 8\.0"),
+        ({"label_bits": 4.0}, r"label_bits: expected one of 2, 4, 8, got 4\.0"),
         ({"index": "magic"}, r"index: expected one of 'lowrank'.*got 'magic'"),
         ({"label_bits": 3}, r"label_bits: expected one of 2, 4, 8, got 3"),
         ({"label_bits": (4, 3)}, r"label_bits: expected one of 2, 4, 8, got 3"),

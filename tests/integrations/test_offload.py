@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -134,6 +135,36 @@ def test_a_copied_cache_goes_its_own_way() -> None:
     assert torch.equal(first, second)
     assert (cache.seq_lens, other.seq_lens) == ([93], [92])
     assert len(tokens) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "needed", "what"),
+    [
+        (copy.deepcopy, "53,248", "a copy of the cache"),
+        (lambda cache: cache.batch_repeat_interleave(2), "159,744", "a batch of 2 rows"),
+    ],
+    ids=["copy", "more rows"],
+)
+def test_more_rows_than_the_host_can_hold_are_refused_and_the_cache_goes_on(
+    change: Callable[[tls.TLSCache], Any], needed: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("llama")
+    tls.enable(model)
+    logits = []
+    for refused in (False, True):
+        cache = cache_for(model, EXACT)
+        with torch.no_grad():
+            model(**prompts(90), past_key_values=cache)
+            if refused:
+                with monkeypatch.context() as patch:
+                    for module in ("offload.engine", "offloaded_layer"):
+                        patch.setattr(f"flex_tls.{module}.host_bytes_available", lambda: 50_000)
+                    with pytest.raises(
+                        MemoryError, match=f"offload: {needed} bytes of host memory needed for {what}, 50,000 available"
+                    ):
+                        change(cache)
+            logits.append(model(torch.tensor([[5]]), past_key_values=cache).logits)
+    assert torch.equal(*logits)
 
 
 def test_an_interrupted_forward_leaves_the_cache_as_it_was() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +169,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"layer_00001\.safetensors to be whole.*save the cache again"):
             load()
     shutil.copy(path / "layer_00000.safetensors", layer)
-    with pytest.raises(ValueError, match=r"expected labels\.codes torch\.int32 .* in .*layer_00001.*got nothing"):
+    with pytest.raises(ValueError, match=r"layer_00001\.safetensors to be marked .*got .*layer_00000.*put the file"):
         load()
     layer.unlink()
     with pytest.raises(ValueError, match=r"layer_00001\.safetensors to be whole"):
@@ -191,7 +194,7 @@ def test_a_save_that_fails_leaves_nothing_and_the_cache_as_it_was(
         new_cache(model).save(tmp_path / "empty")
     written = []
 
-    def full(tensors: dict[str, Tensor], file: Path) -> None:
+    def full(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
         written.append(file)
         if len(written) == 3:
             raise SafetensorError("No space left on device")
@@ -203,3 +206,58 @@ def test_a_save_that_fails_leaves_nothing_and_the_cache_as_it_was(
     assert [x.name for x in tmp_path.iterdir()] == ["document"]
     loaded = tls.TLSCache.load(path, model.config, backend="reference", offload=tls.OffloadConfig())
     assert torch.equal(go_on(model, cache), go_on(model, loaded))
+
+
+def in_another_process(function: str, *args: object) -> str:
+    """What it prints; with as many threads as here, so that sums round alike."""
+    code = (
+        f"import torch; torch.set_num_threads({torch.get_num_threads()})\n"
+        f"from tests.integrations.test_saved import {function}\n"
+        f"{function}({', '.join(repr(str(x)) for x in args)})\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def load_and_go_on(path: str, out: str) -> None:
+    model = make("llama")
+    tls.enable(model)
+    torch.save(go_on(model, tls.TLSCache.load(path, model.config, backend="reference", offload=EXACT)), out)
+
+
+def test_another_process_goes_on_as_this_one(tmp_path: Path) -> None:
+    model, cache, path = saved_document(tmp_path, offload=EXACT)
+    in_another_process("load_and_go_on", path, tmp_path / "logits")
+    assert torch.equal(torch.load(tmp_path / "logits"), go_on(model, cache))
+
+
+def save_where_little_fits(folder: str) -> None:
+    import resource
+
+    model, cache, _ = saved_document(Path(folder))
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    # The first file, that of a dense layer, that of a layer with an index
+    for file_bytes in (16, 4096, 25_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
+        try:
+            cache.save(Path(folder) / "other")
+        except OSError as error:
+            print(error)  # noqa: T201
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert [x.name for x in Path(folder).iterdir()] == ["document"]
+    cache.save(Path(folder) / "other")
+    want = go_on(model, cache)
+    for name in ("document", "other"):
+        assert torch.equal(
+            go_on(model, tls.TLSCache.load(Path(folder) / name, model.config, backend="reference")), want
+        )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the bytes of a file there")
+def test_a_disk_that_is_full_is_named_and_nothing_else_is_lost(tmp_path: Path) -> None:
+    """What was saved before stays, nothing half-written does, the cache goes on and can be saved elsewhere."""
+    lines = in_another_process("save_where_little_fits", tmp_path).splitlines()
+    assert len(lines) == 3
+    assert all(re.fullmatch(r".*other could not be written: .*File too large.*", line) for line in lines), lines

@@ -18,6 +18,7 @@ from flex_tls.pages import Pages
 from tests.integrations.models import SPARSE, make, prompts
 from tests.integrations.watched import come_late
 from tests.offload.machine import poison
+from tests.offload.registry import count_page_locked
 
 pytestmark = pytest.mark.cuda
 DEVICE = torch.device("cuda")
@@ -260,7 +261,9 @@ def test_generate_with_offload_gives_the_tokens_without(
     assert torch.equal(*outs)
 
 
-def test_a_hundred_caches_leave_no_byte_behind() -> None:
+def test_a_hundred_caches_leave_no_byte_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does any on the host stay page-locked."""
+    registry = count_page_locked(monkeypatch, "cuda")
     model, ids = make("llama").to(DEVICE), prompts(60)["input_ids"].to(DEVICE)
     tls.enable(model)
     held = []
@@ -270,7 +273,9 @@ def test_a_hundred_caches_leave_no_byte_behind() -> None:
             with torch.no_grad():
                 model(ids, past_key_values=cache)
                 model(ids[:, :1], past_key_values=cache)
+            assert registry.nbytes == cache.host_nbytes > 0
         cache.close()
+        assert registry.held == {}
         del cache
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())

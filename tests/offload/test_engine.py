@@ -7,6 +7,7 @@ import torch
 from flex_tls.offload import OffloadConfig
 from flex_tls.offload.config import StoreDtype
 from flex_tls.offload.int8 import dequantised, quantised
+from flex_tls.offload.pool import COUNTERS
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
@@ -33,7 +34,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.keys, self.values = (torch.zeros(B, HKV, CAPACITY, D) for _ in range(2))
         self.lens = [0] * B
         self.models = {(b, h): Model(n_slots) for b in range(B) for h in range(HKV)}
-        self.selected = self.missing = self.fetched = 0
+        self.counts = torch.zeros(B, HKV, len(COUNTERS), dtype=torch.int64)
         self.has_waited = False
         self.generator = torch.Generator().manual_seed(0)
 
@@ -65,10 +66,9 @@ class EngineMachine(RuleBasedStateMachine):
         engine, pool = self.engine, self.pool
         if not engine.is_open:
             engine.open(torch.tensor(self.lens))
-            for (b, _), model in self.models.items():
-                self.fetched -= len(model.block_of_slot)
-                _, evicted = model.plan([], self.opened(self.lens[b], 0))
-                self.fetched += len(model.block_of_slot) + len(evicted)
+            for (b, h), model in self.models.items():
+                before, _ = model.plan([], self.opened(self.lens[b], 0))
+                self.count(b, h, fetched=len({*model.block_of_slot.values()} - {*before}))
         self.transfers.run(early)
         start = torch.tensor(self.lens)
         engine.join()
@@ -125,9 +125,14 @@ class EngineMachine(RuleBasedStateMachine):
                     want = sorted(x for x in here - set(evicted) if x <= int(positions[b, i]) // SIZE)
                 assert listed(kept[b, h, i], N) == want
                 assert int(counts[b, h, i]) == len(want)
-            self.selected += len(union)
-            self.missing += len(absent)
-            self.fetched += int(self.pool.fetch_count[b, h])
+            self.count(
+                b, h, steps=len(union) > 0, selected=len(union), missing=len(absent),
+                fetched=len({*model.block_of_slot.values()} - {*before}), waits=waits and len(absent) > 0, written=t,
+            )  # fmt: skip
+
+    def count(self, b: int, h: int, **more: int) -> None:
+        for name, n in more.items():
+            self.counts[b, h, COUNTERS.index(name)] += n
 
     def check_contents(self, kept: Tensor) -> None:
         """What a step attends to is what was written."""
@@ -160,15 +165,14 @@ class EngineMachine(RuleBasedStateMachine):
             (b, h): Model(self.n_slots, dict(m.block_of_slot), dict(m.last_used), m.clock)
             for b in range(B) for h in range(HKV) for m in [old[rows[b], h]]
         }  # fmt: skip
-        counts = self.pool.counters.sum((0, 1)).tolist()
-        self.selected, self.missing, self.fetched = counts[1:4]
+        self.counts = self.counts[rows]
 
     @rule()
     def start_again(self) -> None:
         self.engine.reset()
         self.lens = [0] * B
         self.models = {place: Model(self.n_slots) for place in self.models}
-        self.selected = self.missing = self.fetched = 0
+        self.counts.zero_()
 
     @invariant()
     def blocks_and_slots_are_a_bijection(self) -> None:
@@ -179,9 +183,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def counters_add_up(self) -> None:
+        """Each row's and head's; a row that is copied takes its counts along."""
         if hasattr(self, "engine"):
-            counts = self.pool.counters.sum((0, 1)).tolist()
-            assert counts[1:4] == [self.selected, self.missing, self.fetched]
+            assert torch.equal(self.pool.counters, self.counts)
 
     @invariant()
     def who_never_waits_is_never_stalled(self) -> None:
@@ -215,3 +219,10 @@ def test_tokens_are_appended_to_an_open_engine_only() -> None:
     token = torch.zeros(2, 2, 1, 4)
     with pytest.raises(RuntimeError, match="expected an open engine and at most 2 tokens, got 1"):
         engine.append(token, token, torch.tensor([0, 0]))
+
+
+def test_a_row_that_is_copied_takes_its_counts_along() -> None:
+    engine, _ = make_engine(OffloadConfig())
+    engine.pool.counters[1] = 3
+    engine.take_rows(torch.tensor([1, 1]), 0)
+    assert bool((engine.pool.counters == 3).all())
