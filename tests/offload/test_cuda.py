@@ -282,6 +282,18 @@ def test_a_hundred_caches_leave_no_byte_behind(monkeypatch: pytest.MonkeyPatch) 
     assert held[-1] == held[10]
 
 
+def test_a_store_that_is_collected_waits_for_its_transfers() -> None:
+    layer = engine(OffloadConfig())
+    side = side_stream(DEVICE)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+    assert not side.query()
+    del layer
+    gc.collect()
+    assert side.query()
+
+
 @pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "closed"])
 @pytest.mark.parametrize("policy", ["async", "exact"])
 def test_a_step_that_fails_between_fork_and_join_leaves_no_stream_hanging_and_no_byte_behind(
