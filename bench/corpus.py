@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HALVES = ("choosing", "confirming")
+# How the names of a kind's documents begin
+KINDS = {"python3": "source code", "manual-": "documentation", "shakespeare-": "drama", "king_james-": "verse"}
 # Bytes of one document: more than 9,216 tokens of anything, at up to six bytes a token
 LENGTH = 60_000
 
@@ -51,6 +53,12 @@ def write_corpus(folder: Path) -> list[Path]:
                 path.write_bytes(text.encode()[:LENGTH])
                 written.append(path)
     return written
+
+
+def kind_of(document: str) -> str:
+    """What kind of text a document of :func:`write_corpus` is, by its name; "" of any other."""
+    name = document.rpartition("/")[2]
+    return next((kind for begin, kind in KINDS.items() if name.startswith(begin)), "")
 
 
 def _code() -> Iterator[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +25,6 @@ OPERATORS = {
     "quest_token_budget": "Quest, token budget",
     "double_sparsity": "Double Sparsity",
 }
-STEPS = ("dense", "two_level", "two_level_tuned", "offload_async", "offload_exact", "offload_async_int8",
-         "transformers_static")  # fmt: skip
-# Ablated settings that the operator bench has, at 96k tokens and B=1: the ending of a case's name, and a provider
-ABLATED_CASE = "qwen3-8b-b1-96k"
-ABLATED = {
-    "block_size=16": ("-block16", "triton_total"),
-    "block_size=64": ("-block64", "triton_total"),
-    "filter_dims=16": ("", "triton_filter16"),
-    "label_bits=4+2": ("", "triton_mixed"),
-    "label_bits=4+2+2+2:filter_dims=24": ("", "triton_mixed_filter24"),
-    "block_budget=x1/2": ("-4096-1024", "triton_total"),
-    "block_budget=x2": ("-16384-1024", "triton_total"),
-    "token_budget=x1/4": ("-8192-256", "triton_total"),
-    "token_budget=x1/2": ("-8192-512", "triton_total"),
-    "token_budget=None": ("", "triton_blocks_only"),
-}
-
-
-def ablated_times(results: Path) -> dict[str, str]:
-    """How much longer the operator takes with a setting than with the defaults, newest run of both, by the setting."""
-    runs: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
-    for row in sorted(read(results / "operator.jsonl"), key=lambda row: row.date):
-        if row.inputs == "rotated" and row.case.startswith(ABLATED_CASE):
-            runs.setdefault((row.gpu, row.commit), {})[row.case.removeprefix(ABLATED_CASE), row.provider] = row
-    found = {}
-    for (_, commit), run in runs.items():
-        base = run.get(("", "triton_total"))
-        for setting, key in ABLATED.items():
-            if base is not None and key in run:
-                found[setting] = f"{run[key].median_us / base.median_us:.2f} ({commit[:7]})"
-    return found
 
 
 def time_sections(results: Path, pictures: Path, base: Path) -> Iterator[str]:
@@ -104,7 +73,8 @@ def _steps(steps: Sequence[ModelRow], results: Path, base: Path) -> Iterator[str
         return
     yield (
         f"Milliseconds, the newest row of each, and the dense loop's over it where both took turns in one run. "
-        f"`{command} --providers {','.join(STEPS)}`\n"
+        f"`python -m bench run decode --batch {_listed(row.B for row in steps)} --contexts "
+        f"{_listed(row.context for row in steps)}`, with `--providers` of the table, `--model qwen3-14b`\n"
     )
     yield from _picture(results / "decode.svg", base, "Milliseconds of a step over the context")
     rows = [
@@ -149,7 +119,9 @@ def _throughput(
     yield (
         "Tokens a second at the largest batch that fits device and host, or that `--gpu-gb`, `--host-gb` and `--most` "
         "allow, one provider after the other, and of several commits (the paper's figure 6). Selections of offloaded "
-        f"caches follow a made trace. `{command} --contexts 49152,98304,524288`, `--gpu-gb 42.9`\n"
+        f"caches follow a made trace. `{command} --contexts {_listed(row['context'] for row in rows)}`"
+        + "".join(f", `--gpu-gb {x:g}`" for x in sorted({row["gpu_gb"] for row in rows} - {None}))
+        + "\n"
     )
     ordered = [newest[key] for key in sorted(newest)]
     path = pictures / "throughput.svg"
@@ -183,18 +155,35 @@ def _policies(offload: Sequence[dict[str, Any]]) -> Iterator[str]:
         return
     yield (
         "Staleness and policies: keys and values in host memory, real weights, and a pool of a multiple of the block "
-        f"budget. KL to the same cache without offload, and to dense attention. `{command}`\n"
+        f"budget. KL to the same cache without offload, and to dense attention. `{command}{_pool_options(found)}`\n"
     )
-    rows = [("text", "policy", "pool / budget", "blocks, tokens", "hits", "mass missing", "steps that wait",
+    rows = [("GPU", "text", "policy", "pool / budget", "blocks, tokens", "hits", "mass missing", "steps that wait",
              "KL to no offload", "KL to dense", "without offload", "tokens", "commit")]  # fmt: skip
     rows += [
-        (row["text"], f"`{row['provider']}`", f"{row['pool_over_budget']:g}",
+        (row["gpu"], row["text"], f"`{row['provider']}`", f"{row['pool_over_budget']:g}",
          f"{row['block_budget']:,}, {row['token_budget']:,}", f"{row['hit_rate']:.1%}", f"{row['missing_mass']:.2%}",
          f"{row['waits']:.0%}", f"{row['kl_to_no_offload']:.4f}", f"{row['kl_dense_to_this']:.4f}",
          f"{row['kl_dense_to_no_offload']:.4f}", str(row["scored"]), row["commit"][:7])
         for row in found.values()
     ]  # fmt: skip
     yield table(rows)
+
+
+def _pool_options(found: Mapping[Any, dict[str, Any]]) -> str:
+    """Options of the rows' command."""
+    rows = list(found.values())
+    texts, providers = (",".join(dict.fromkeys(row[field] for row in rows)) for field in ("text", "provider"))
+    return (
+        f" --tokens {_listed(row['context'] + row['scored'] for row in rows)} --pool "
+        f"{_listed(row['pool_over_budget'] for row in rows)} --block-budget "
+        f"{_listed(row['block_budget'] for row in rows)} --token-budget {_listed(row['token_budget'] for row in rows)} "
+        f"--providers {providers} --texts '{texts}'" + " --device cpu" * all(row["gpu"] == "cpu" for row in rows)
+    )
+
+
+def _listed(values: Iterable[float]) -> str:
+    """Different numbers as an option takes them."""
+    return ",".join(f"{x:.10g}" for x in sorted(set(values)))
 
 
 def _bars(rows: Sequence[dict[str, Any]]) -> Figure:

@@ -16,7 +16,7 @@ from ..evaluate import rows
 from ..evaluate.documents import library_files, read_documents
 from ..evaluate.methods import Method
 from ..evaluate.perplexity import score_documents
-from ..evaluate.summary import summarise_ppl
+from ..evaluate.summary import summarise_ppl, summarise_retrieval
 from .evaluate_attention import attention
 from .evaluate_common import (
     DEFAULT_METHODS,
@@ -41,7 +41,8 @@ from .evaluate_common import (
 from .evaluate_retrieval import retrieval, tasks
 from .options import BlockSize
 from .plot import plot_accuracy
-from .report import print_ppl, reported
+from .plots import plot_depths
+from .report import print_ppl, print_retrieval, reported
 
 eval_app = typer.Typer(help="What sparse decoding loses against dense attention.", no_args_is_help=True)
 eval_app.command()(retrieval)
@@ -125,18 +126,27 @@ def ppl(
 
 @eval_app.command()
 def plot(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Rows file of eval ppl.")],
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="Rows file of eval ppl, or of eval retrieval --depth.")
+    ],
     out: Annotated[Path, typer.Option(help="Picture: PNG, SVG or PDF by its ending.")],
 ) -> None:
-    """KL against token budget for every method, from rows."""
+    """From rows: KL against token budget for every method; of retrieval, scores over needle depth and context."""
     console = Console()
     with reported(console):
         found = rows.read(file)
         lines = [line for line in summarise_ppl(found) if line.config is not None]
-        if not lines:
-            raise ValueError(f"rows: {file} holds none of eval ppl with a sparse method")
-        plot_accuracy(lines, out)
-    print_ppl(lines, console)
+        deep = [line for line in summarise_retrieval(found) if line.depth is not None]
+        if lines:
+            plot_accuracy(lines, out)
+        elif deep:
+            plot_depths(deep, out)
+        else:
+            raise ValueError(f"rows: {file} holds none of eval ppl with a sparse method, nor of eval retrieval --depth")
+    if lines:
+        print_ppl(lines, console)
+    else:
+        print_retrieval(deep, console)
 
 
 def _preset(command_name: str, methods: str, help: str) -> None:

@@ -119,15 +119,15 @@ def plot_attention(rows: Sequence[AttentionRow], path: Path) -> None:
 
 
 def plot_depths(lines: Sequence[RetrievalSummary], path: Path) -> None:
-    """Scores over needle depth and context, a panel a method; only lines with a depth."""
+    """Scores over needle depth and context, a panel a method and share of the context kept; only lines with a depth."""
     lines = [line for line in lines if line.depth is not None]
-    methods = list(dict.fromkeys((line.method, str(line.config)) for line in lines))
+    methods = list(dict.fromkeys(_kept_share(line) for line in lines))
     lengths, depths = (sorted({getattr(x, f) for x in lines}) for f in ("length_tokens", "depth"))
     figure, axes = plt.subplots(
         1, len(methods), figsize=(1.6 + 2.6 * len(methods), 3.4), squeeze=False, layout="constrained"
     )
     for axis, method in zip(axes[0], methods, strict=True):
-        shown = [x for x in lines if (x.method, str(x.config)) == method]
+        shown = [x for x in lines if _kept_share(x) == method]
         table = torch.full((len(depths), len(lengths)), torch.nan)
         for i, depth in enumerate(depths):
             for j, length in enumerate(lengths):
@@ -137,11 +137,16 @@ def plot_depths(lines: Sequence[RetrievalSummary], path: Path) -> None:
         image = axis.imshow(table.numpy(), aspect="auto", vmin=0, vmax=1, cmap="RdYlGn", interpolation="nearest")
         axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
         axis.set_yticks(range(len(depths)), [f"{d:g}" for d in depths], fontsize=7)
-        axis.set_title(method[0], fontsize=8)
+        axis.set_title(f"{method[0]}, 1/{method[1]} kept" if method[1] > 1 else method[0], fontsize=8)
         axis.set_xlabel("tokens")
     axes[0][0].set_ylabel("depth of the needle")
     figure.colorbar(image, ax=list(axes[0]), label="score")
     _save(figure, path)
+
+
+def _kept_share(line: RetrievalSummary) -> tuple[str, int]:
+    """A method and one over the share of the context that it keeps: budgets are shares of each length."""
+    return line.method, round(line.length_tokens / line.kept_tokens)
 
 
 def _method(line: PplSummary) -> Method:

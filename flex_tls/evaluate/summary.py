@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import TLSConfig
-from .bootstrap import Interval, mean_interval, ratio_interval
+from .bootstrap import Interval, grouped_interval, mean_interval, ratio_interval
 from .methods import kept_tokens
 from .rows import AnswerRow, AttentionRow, PplRow, Row, config_key
 
@@ -80,6 +80,28 @@ class RetrievalSummary:
 
 
 @dataclass(frozen=True)
+class LossSummary:
+    """One method over the tasks of one length, needles at random places.
+
+    Attributes:
+        tasks: those that dense attention and the method answered.
+        n_samples: of all tasks together.
+        dense: dense attention's score on these samples, mean of the tasks.
+        loss: dense attention's score less the method's, mean of the tasks, which count alike.
+    """
+
+    model: str
+    length_tokens: int
+    method: str
+    config: dict[str, Any]
+    kept_tokens: int
+    tasks: tuple[str, ...]
+    n_samples: int
+    dense: Interval
+    loss: Interval
+
+
+@dataclass(frozen=True)
 class AttentionSummary:
     """One method over documents: means over sparse layers, query heads and tokens, with intervals over documents.
 
@@ -141,6 +163,47 @@ def summarise_retrieval(rows: Sequence[Row]) -> list[RetrievalSummary]:
             )
         )
     return lines
+
+
+def summarise_losses(rows: Sequence[Row], tasks: Collection[str] | None = None) -> list[LossSummary]:
+    """A line for each model, length and sparse method of retrieval, over ``tasks`` or all; by length."""
+    found = [
+        row
+        for row in rows
+        if isinstance(row, AnswerRow)
+        and row.eval == "retrieval"
+        and row.depth is None
+        and row.task in (tasks or [row.task])
+    ]
+    dense = {(row.model, row.dtype, row.digest): row.score for row in found if row.config is None}
+    paired = [row for row in found if row.config is not None and (row.model, row.dtype, row.digest) in dense]
+    lines = []
+    for group in _grouped(paired, lambda r: (r.model, r.dtype, r.length_tokens, r.method, _budgets(r))):
+        first = group[0]
+        assert first.config is not None
+        by_task = sorted(_grouped(group, lambda r: r.task), key=lambda task: task[0].task)
+        full = [[dense[row.model, row.dtype, row.digest] for row in task] for task in by_task]
+        lost = [[x - row.score for x, row in zip(*pair, strict=True)] for pair in zip(full, by_task, strict=True)]
+        lines.append(
+            LossSummary(
+                first.model,
+                first.length_tokens,
+                first.method,
+                first.config,
+                _kept(first.config, first.length_tokens),
+                tuple(task[0].task for task in by_task),
+                len(group),
+                grouped_interval(full),
+                grouped_interval(lost),
+            )
+        )
+    return sorted(lines, key=lambda line: line.length_tokens)
+
+
+def _budgets(row: AnswerRow) -> tuple[int, int]:
+    """Blocks and tokens kept; blocks beyond the prompt differ with the room that a task's answer needs."""
+    assert row.config is not None
+    return min(row.config["block_budget"], row.length_tokens), _kept(row.config, row.length_tokens)
 
 
 def kl_ratio(rows: Sequence[Row], of: PplSummary, to: PplSummary) -> Interval:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,13 @@ def test_retrieval_tasks_side_by_side(model_folder: Path, tmp_path: Path, monkey
     before = out.read_text()
     run("retrieval", *options)
     assert out.read_text() == before
+    picture = tmp_path / "depths.png"
+    assert "single" in run("plot", out, "--out", picture)
+    assert picture.stat().st_size > 5000
+    # Without depths there is no map to draw
+    without = [replace(row, depth=None) for row in found if isinstance(row, rows.AnswerRow)]
+    rows.append(tmp_path / "without.jsonl", without)
+    assert "nor of eval retrieval --depth" in failed("plot", tmp_path / "without.jsonl", "--out", picture)
 
 
 def test_budgets_over_the_whole_context_lose_nothing(model_folder: Path, texts: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flex_tls.evaluate.bootstrap import mean_interval, ratio_interval
+from flex_tls.evaluate.bootstrap import grouped_interval, mean_interval, ratio_interval
 
 values = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30)
 
@@ -77,3 +77,21 @@ def test_a_ratio_of_equal_pairs_has_no_spread() -> None:
     assert spread.low < spread.mean == 0.75 < spread.high
     with pytest.raises(ValueError, match="to: expected 3 values, one for each of the others, got 2"):
         ratio_interval([1.0, 5.0, 3.0], [4.0, 4.0])
+
+
+@given(values)
+def test_one_group_is_a_plain_mean(found: list[float]) -> None:
+    grouped, plain = grouped_interval([found], n_resamples=200), mean_interval(found, n_resamples=200)
+    assert grouped.mean == pytest.approx(plain.mean, abs=1e-9)
+    assert (grouped.low, grouped.high) == pytest.approx((plain.low, plain.high), abs=1e-9)
+
+
+def test_groups_count_alike_and_vary_within_themselves() -> None:
+    interval = grouped_interval([[1.0] * 3, [0.0, 1.0] * 20])
+    assert interval.mean == 0.75
+    # The first group cannot vary: half of the second one's spread is left
+    alone = mean_interval([0.0, 1.0] * 20)
+    assert interval.high - interval.low == pytest.approx((alone.high - alone.low) / 2, rel=0.2)
+    assert math.isnan(grouped_interval([[1.0], [0.0]]).low)
+    with pytest.raises(ValueError, match=r"none empty, got sizes \[1, 0\]"):
+        grouped_interval([[1.0], []])
