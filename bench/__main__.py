@@ -170,32 +170,26 @@ def run_offload(args: argparse.Namespace) -> int:
 
 
 def _offload_quality(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, object]]:
-    """Rows of real weights and text: the standard library's source and its manual, and a passage that comes again."""
-    import pydoc_data.topics
-
+    """Rows of real weights and text."""
     from flex_tls.cli.options import config
-    from flex_tls.cli.texts import library_source
     from flex_tls.cli.weights import load_smollm2
 
-    from .offload_quality import PROVIDERS, measure
+    from .offload_quality import PROVIDERS, TEXTS, measure, texts
 
+    chosen = _matching(args.texts, dict.fromkeys(TEXTS), "texts")
     model, tokenizer = load_smollm2()
+    n, scored, most = args.tokens, 8 if args.quick else 128, model.config.max_position_embeddings
+    if not scored < n <= most:
+        raise ValueError(f"tokens: expected more than {scored}, which are scored, and at most {most:,}, got {n}")
     model = model.to(device)
-    n, scored = args.tokens, 32 if args.quick else 128
-    code = tokenizer(library_source(), return_tensors="pt").input_ids.to(device)
-    manual = tokenizer("\n".join(pydoc_data.topics.topics.values())[: 8 * n], return_tensors="pt").input_ids.to(device)
-    texts = {
-        "code": code[:, 4000 : 4000 + n],
-        "copy": torch.cat([code[:, : n - scored], code[:, 700 : 700 + scored]], 1),
-        "manual": manual[:, :n],
-        "later code": code[:, -n:],
-    }
     cfg = config(n - scored, args.block_budget, args.token_budget, 32)
     providers = _matching(args.providers, PROVIDERS, "providers")
     # Slots by layer come from the first text, for the others
     balanced: dict[float, tuple[int, ...]] = {}
-    for text in _matching(args.texts, texts, "texts"):
-        yield from measure(model, "smollm2-135m", text, texts[text], scored, cfg, args.pool, providers, balanced)
+    ids = texts(tokenizer, n, scored)
+    for text in chosen:
+        found = ids[text].to(device)
+        yield from measure(model, "smollm2-135m", text, found, scored, cfg, args.pool, providers, balanced)
 
 
 def run_synthetic(args: argparse.Namespace) -> int:
@@ -332,7 +326,9 @@ def _parser() -> argparse.ArgumentParser:
     offload.add_argument("--block-budget", default="1/4", help="quality: count or share of the context")
     offload.add_argument("--token-budget", default="1/8", help="quality: count or share of the context")
     offload.add_argument("--providers", default="*", help="quality: names or patterns, comma-separated")
-    offload.add_argument("--texts", default="*", help="quality: code, copy, manual, later code, comma-separated")
+    offload.add_argument(
+        "--texts", default="*", help="quality: code, copy, manual, later code, other code, comma-separated"
+    )
     offload.add_argument("--runs", type=int, default=20, help="samples per provider, at least 2")
     offload.add_argument("--out", type=Path, help="rows file, appended to (default bench/results/offload.jsonl)")
     options.add_machine(offload, quick=True)

@@ -11,6 +11,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 import flex_tls as tls
 
-from .offloaded import offloaded_step
+from .offloaded import During, TracedStep, no_residency, no_side_stream, offloaded_step
 from .rows import Machine, ModelRow
 from .steps import Step, captured_step, fill
 from .timing import samples, spread
@@ -58,6 +59,10 @@ class Bed:
 
 def _ours(bed: Bed, *, dense: bool = False, options: Mapping[str, Any] | None = None) -> Step:
     return captured_step(bed.model, bed.dense if dense else bed.sparse, options=options)
+
+
+def _offloaded(bed: Bed, *, during: During = nullcontext, is_captured: bool = True, **offload: Any) -> Step:
+    return offloaded_step(bed.model, bed.sparse, tls.OffloadConfig(**offload), during=during, is_captured=is_captured)
 
 
 def _inputs(bed: Bed) -> dict[str, Any]:
@@ -130,11 +135,17 @@ PROVIDERS = {
     "two_level_autotuned": Provider(lambda bed: _ours(bed, options=AUTOTUNED)),
     "two_level_fused": Provider(_ours, fused=True),
     "two_level_fused_tuned": Provider(lambda bed: _ours(bed, options=TUNED), fused=True),
-    "offload_async": Provider(lambda bed: offloaded_step(bed.model, bed.sparse, tls.OffloadConfig(policy="async"))),
-    "offload_async_int8": Provider(
-        lambda bed: offloaded_step(bed.model, bed.sparse, tls.OffloadConfig(policy="async", store_dtype="int8"))
+    "offload_async": Provider(lambda bed: _offloaded(bed, policy="async")),
+    "offload_async_int8": Provider(lambda bed: _offloaded(bed, policy="async", store_dtype="int8")),
+    "offload_corrected": Provider(lambda bed: _offloaded(bed, policy="corrected")),
+    "offload_exact": Provider(lambda bed: _offloaded(bed, policy="exact")),
+    "offload_no_side_stream": Provider(lambda bed: _offloaded(bed, policy="async", during=no_side_stream)),
+    "offload_no_residency": Provider(lambda bed: _offloaded(bed, policy="exact", during=no_residency)),
+    # The host reads what to copy: no graph can hold that. The other is what to compare it with
+    "offload_copy_uncaptured": Provider(
+        lambda bed: _offloaded(bed, policy="async", transfer="copy", is_captured=False)
     ),
-    "offload_exact": Provider(lambda bed: offloaded_step(bed.model, bed.sparse, tls.OffloadConfig(policy="exact"))),
+    "offload_async_uncaptured": Provider(lambda bed: _offloaded(bed, policy="async", is_captured=False)),
     "transformers_static": Provider(_transformers_static),
     "transformers_default": Provider(_transformers_default, copies=1),
 }
@@ -186,22 +197,24 @@ def measure(
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     return [
         model_row("decode", bed.model, case, bed.dense if PROVIDERS[name].dense else bed.sparse,
-                  bed.sparse.get_seq_length(), name, us, seconds[name], peak, floor_ms, machine, tokens=1)
+                  bed.sparse.get_seq_length(), name, us, seconds[name], peak, floor_ms, machine, tokens=1,
+                  step=steps[name])
         for name, us in taken.items()
     ], steps, failed  # fmt: skip
 
 
 def model_row(
     bench: str, model: Any, case: str, cache: tls.TLSCache, context: int, name: str, us: list[float], build_s: float,
-    peak: int, floor_ms: float, machine: Machine, *, tokens: int,
+    peak: int, floor_ms: float, machine: Machine, *, tokens: int, step: Step | None = None,
 ) -> ModelRow:  # fmt: skip
-    """The row of samples ``us``, each of which brought ``tokens`` tokens a row."""
+    """The row of samples ``us``, each of which brought ``tokens`` tokens a row; ``step`` is asked for its figures."""
     s, cfg = spread(us), cache.cfg
+    figures = step.figures() if isinstance(step, TracedStep) else {}
     return ModelRow(
         bench=bench, case=case, B=cache.batch_size, n_layers=model.config.num_hidden_layers, context=context,
         max_len=cache.max_len, provider=name, block_budget=cfg.block_budget, token_budget=cfg.token_budget,
         dense_layers=cfg.dense_layers, dtype=str(model.dtype).removeprefix("torch."), ms_median=s.median_us / 1e3,
         ms_p10=s.p10_us / 1e3, ms_p90=s.p90_us / 1e3, ms_p99=sorted(us)[int(0.99 * (len(us) - 1) + 0.5)] / 1e3,
         runs=s.runs, tokens_per_second=tokens * cache.batch_size * 1e6 / s.median_us, weights_floor_ms=floor_ms,
-        build_seconds=build_s, peak_bytes=peak, **machine._asdict(),
+        build_seconds=build_s, peak_bytes=peak, **figures, **machine._asdict(),
     )  # fmt: skip

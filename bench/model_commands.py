@@ -240,7 +240,8 @@ class _Run:
         self.measured += found
         self.failed += failed
         for row in found:
-            print(f"  {row.provider}: {row.ms_median:.3f} ms, p99 {row.ms_p99:.3f}", flush=True)
+            hits = "" if row.hit_rate is None else f", hits {row.hit_rate:.3f}, {row.fetched_bytes:,.0f} bytes fetched"
+            print(f"  {row.provider}: {row.ms_median:.3f} ms, p99 {row.ms_p99:.3f}{hits}", flush=True)
 
     def report(self) -> int:
         """The table, and the exit status."""

@@ -1,7 +1,11 @@
-"""What a small pool costs in quality: hit rates and KL against no offload, per policy, on real weights and text."""
+"""What a small pool costs in quality: hit rates and KL against no offload, per policy, on real weights and text.
+
+By the backend "reference" on a GPU too: pools of many sizes would each be compiled for longer than their steps take.
+"""
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +16,7 @@ import torch
 from torch import Tensor
 
 import flex_tls as tls
+from flex_tls.cli.texts import library_source
 from flex_tls.integrations.huggingface import enabled
 
 # Provider -> policy, whether the blocks of earlier steps are attended to, and what the host holds after the prompt
@@ -26,6 +31,33 @@ PROVIDERS: dict[str, dict[str, Any]] = {
     "async_balanced": {"policy": "async"},
 }
 BALANCED = "async_balanced"
+TEXTS = ("code", "copy", "manual", "later code", "other code")
+
+
+def texts(tokenizer: Any, n: int, scored: int) -> dict[str, Tensor]:
+    """Token ids int64 [1, n] of :data:`TEXTS`: the standard library's source, and a passage of it that comes again.
+
+    Then Python's manual, later source, and the source of ``_pydecimal``, which the first text has nothing of.
+    """
+    import _pydecimal
+    import pydoc_data.topics
+
+    def ids(text: str) -> Tensor:
+        found: Tensor = tokenizer(text, return_tensors="pt").input_ids
+        return found
+
+    code, manual = ids(library_source()), ids("\n".join(pydoc_data.topics.topics.values())[: 8 * n])
+    made = {
+        "code": code[:, 4000 : 4000 + n],
+        "copy": torch.cat([code[:, : n - scored], code[:, 700 : 700 + scored]], 1),
+        "manual": manual[:, :n],
+        "later code": code[:, -n:],
+        "other code": ids(inspect.getsource(_pydecimal)[: 8 * n])[:, :n],
+    }
+    for name, text in made.items():
+        if text.shape[1] != n:
+            raise ValueError(f"tokens: expected at most {text.shape[1]}, what {name!r} has, got {n}")
+    return made
 
 
 def measure(
@@ -41,14 +73,14 @@ def measure(
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompt"
         dense = tls.TLSCache(
-            model.config, cfg, max_len=ids.shape[1], dtype=model.dtype, device=device, backend=_backend(device),
+            model.config, cfg, max_len=ids.shape[1], dtype=model.dtype, device=device, backend="reference",
             offload=tls.OffloadConfig(policy="exact"),
         )  # fmt: skip
         with enabled(model):
             for first in range(0, n, 2048):
                 model(ids[:, first : min(first + 2048, n)], past_key_values=dense, logits_to_keep=1)
         dense.save(path)
-        plain = tls.TLSCache.load(path, model.config, device=device, backend=_backend(device))
+        plain = tls.TLSCache.load(path, model.config, device=device, backend="reference")
         truth = _forced(model, plain, ids, n)
         whole = _dense(plain, model, ids, n)
         for pool in pools:
@@ -60,7 +92,7 @@ def measure(
                         continue
                     sizes = given[pool]
                 offload = tls.OffloadConfig(gpu_blocks=sizes, **PROVIDERS[provider])
-                cache = tls.TLSCache.load(path, model.config, device=device, backend=_backend(device), offload=offload)
+                cache = tls.TLSCache.load(path, model.config, device=device, backend="reference", offload=offload)
                 logits = _forced(model, cache, ids, n)
                 stats = list(cache.stats().values())
                 mean = lambda field, stats=stats: sum(getattr(x, field) for x in stats) / len(stats)  # noqa: E731
@@ -78,11 +110,6 @@ def measure(
                     "agreement": float((truth.argmax(-1) == logits.argmax(-1)).float().mean()),
                 }  # fmt: skip
                 cache.close()
-
-
-def _backend(device: torch.device) -> Any:
-    # On a CPU compiling a pool of each size would take longer than the steps
-    return "flex" if device.type == "cuda" else "reference"
 
 
 def _forced(model: Any, cache: tls.TLSCache, ids: Tensor, n: int) -> Tensor:

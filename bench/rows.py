@@ -50,9 +50,11 @@ class Measured:
 
     @classmethod
     def from_dict(cls: type[R], found: dict[str, Any]) -> R:
-        """The row of these fields; raises ValueError for ones that are missing or unknown."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        missing, unknown = sorted(names - found.keys()), sorted(found.keys() - names)
+        """The row of these fields; raises ValueError for unknown ones, and for missing ones that have no default."""
+        fields = dataclasses.fields(cls)
+        names = {field.name for field in fields}
+        by_default = {f.name for f in fields if (f.default, f.default_factory) != (dataclasses.MISSING,) * 2}
+        missing, unknown = sorted(names - by_default - found.keys()), sorted(found.keys() - names)
         if missing or unknown:
             raise ValueError(f"missing {missing}, unknown {unknown}")
         return cls(**found)
@@ -119,6 +121,13 @@ class ModelRow(Measured):
     build_seconds: float
     # Of the process, while this case's providers were built and timed together
     peak_bytes: int
+    # Of an offloaded step, which selects by a trace as local as real text ("made", trace.py) and not by its random
+    # weights: the trace's blocks that the last 1, 4 and 16 steps had too, the selected ones that were on the device,
+    # bytes that one step fetched. None and empty of other steps, and in older rows
+    trace: str | None = None
+    overlap_1_4_16: list[float] = dataclasses.field(default_factory=list)
+    hit_rate: float | None = None
+    fetched_bytes: float | None = None
 
     @property
     def key(self) -> tuple[object, ...]:

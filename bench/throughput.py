@@ -18,7 +18,7 @@ from flex_tls.offload import host_bytes_available
 import flex_tls as tls
 from flex_tls.memory import free_bytes, longest_that_fits
 
-from .offloaded import offload_figures, traced_step
+from .offloaded import TracedStep, offload_figures, traced_step
 from .steps import captured_step, fill
 from .timing import samples, spread
 
@@ -65,7 +65,7 @@ def measure(
         _release()
         start = time.perf_counter()
         if name == TRANSFORMERS:
-            b, step, offloaded = 1, _transformers(model, context), False
+            b, step = 1, _transformers(model, context)
         else:
             b = largest_batch(model, cfg, WAYS[name], context, host_bytes, most)
             if b == 0:
@@ -74,12 +74,11 @@ def measure(
             print(f"  building {name}, {b} x {context:,} tokens", flush=True)
             cache = make_cache(model, cfg, WAYS[name], b, context)
             fill(cache, context)
-            offloaded = bool(cache.offloaded_layers)
-            step = traced_step(model, cache) if offloaded else captured_step(model, cache)
+            step = traced_step(model, cache) if cache.offloaded_layers else captured_step(model, cache)
         built = time.perf_counter() - start
         device = next(model.parameters()).device
         s = spread(samples({name: step}, device, runs)[name])
-        found = offload_figures(cache) if offloaded else {}
+        found = offload_figures(cache) | step.figures() if isinstance(step, TracedStep) else {}
         yield {
             "part": "throughput", "provider": name, "n_layers": model.config.num_hidden_layers, "B": b,
             "context": context, "block_size": cfg.block_size, "block_budget": cfg.block_budget,

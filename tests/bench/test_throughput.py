@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flex_tls as tls
-from bench import steps, throughput
+from bench import offloaded, steps, throughput
 from bench.__main__ import main
 from bench.models import random_model
 
@@ -73,3 +73,21 @@ def test_a_dry_run_writes_rows(tmp_path: Path) -> None:
         ("transformers_offloaded", 1, 300),
         ("dense", 1, 300),
     ]
+
+
+def test_rows_of_offloaded_caches_say_what_they_followed(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def idle(model: torch.nn.Module, cache: tls.TLSCache) -> offloaded.TracedStep:
+        return offloaded.TracedStep(cache, lambda: None, torch.zeros(1), (0.8, 0.92, 0.975))
+
+    counted = {"hit_rate": 0.97, "fetched_bytes": 5.0, "host_bytes": 7}
+    for module in (offloaded, throughput):
+        monkeypatch.setattr(module, "offload_figures", lambda cache: counted)
+    monkeypatch.setattr(throughput, "traced_step", idle)
+    monkeypatch.setattr(throughput, "captured_step", lambda model, cache: lambda: None)
+    monkeypatch.setattr(throughput, "_release", lambda: None)
+    dense, late = throughput.measure(model, CFG, 230, ["dense", "offload_async"], 2, host_bytes=None, most=1)
+    said = {"trace": "made", "overlap_1_4_16": [0.8, 0.92, 0.975], **counted}
+    assert {name: late[name] for name in said} == said
+    assert not said.keys() & dense.keys()
