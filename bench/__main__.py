@@ -114,7 +114,8 @@ def run_index(args: argparse.Namespace) -> int:
     print(f"read bandwidth, measured: {bytes_per_us / 1e6:.3f} TB/s", flush=True)
     with torch.no_grad():
         for name in names:
-            found = measure(cases.CASES[name], device, machine, args.runs, bytes_per_us)
+            case = cases.CASES[name] if device.type == "cuda" else cases.dry(cases.CASES[name])
+            found = measure(case, device, machine, args.runs, bytes_per_us)
             rows.append(out, found)
             for row in found:
                 share = row.floor_us / row.median_us
@@ -126,7 +127,7 @@ def tune_operator(args: argparse.Namespace) -> int:
     """Time settings of the fused kernel and write the table that the package looks them up in."""
     from flex_tls.kernels.tile_table import TABLE
 
-    from .tune import COORDINATES, Clock, dry, tune
+    from .tune import COORDINATES, Clock, tune
 
     clock = Clock(args.seconds)
     if args.device == "cpu" and not args.quick:
@@ -139,7 +140,7 @@ def tune_operator(args: argparse.Namespace) -> int:
     chosen = [cases.CASES[name] for name in names]
     with torch.no_grad():
         return tune(
-            [dry(case) for case in chosen] if device.type == "cpu" else chosen, device, machine,
+            [cases.dry(case) for case in chosen] if device.type == "cpu" else chosen, device, machine,
             coordinates=coordinates, runs=runs, clock=clock,
             table=args.out or (QUICK_ROWS.with_name("tiles-quick.json") if args.quick else TABLE),
             out=args.rows or (QUICK_ROWS.with_name("tune-quick.jsonl") if args.quick else ROWS.with_name("tune.jsonl")),
