@@ -50,9 +50,10 @@ class Measured:
 
     @classmethod
     def from_dict(cls: type[R], found: dict[str, Any]) -> R:
-        """The row of these fields; raises ValueError for ones that are missing or unknown."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        missing, unknown = sorted(names - found.keys()), sorted(found.keys() - names)
+        """The row of these fields; raises ValueError for unknown ones, and missing ones without a default."""
+        fields = dataclasses.fields(cls)
+        needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+        missing, unknown = sorted(needed - found.keys()), sorted(found.keys() - {field.name for field in fields})
         if missing or unknown:
             raise ValueError(f"missing {missing}, unknown {unknown}")
         return cls(**found)
@@ -89,6 +90,8 @@ class Row(CaseRow):
     inputs: str
     # Fewest bytes that the task must read, over the read bandwidth measured in the same run
     floor_us: float
+    # As rel_error, of torch's flash attention over the same tokens, gathered; where the provider chooses them
+    rel_error_dense: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
