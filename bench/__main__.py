@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_operator(args: argparse.Namespace) -> int:
     """Measure the cases and append their rows, case by case."""
-    from .operator import TARGETS_US, run_case, why_not
+    from .operator import TARGETS_US, run_case, variants, why_not
     from .providers import PROVIDERS
     from .timing import read_bytes_per_us
 
@@ -43,12 +43,14 @@ def run_operator(args: argparse.Namespace) -> int:
     out = args.out or (QUICK_ROWS if args.quick else ROWS)
     runs = _runs(args)
     device, machine = _where(args)
-    if args.resume and out.exists():
-        inputs = "repeated" if args.repeat_inputs else "rotated"
-        here = (machine.gpu, machine.commit, inputs)
-        done_before = {row.case for row in rows.read(out) if (row.gpu, row.commit, row.inputs) == here}
-        names = [name for name in names if name not in done_before]
-        print(f"resuming: {len(done_before)} cases have rows of this commit in {out}, {len(names)} are left")
+    if args.resume:
+        wanted = {}
+        for name in names:
+            able = [p for each in providers if (p := PROVIDERS[each]).runs_here(cases.CASES[name], device)]
+            wanted[name] = {variant for variant, _, _ in variants(able, args.split_kv)}
+        names = _left(wanted, rows.read(out), machine, "repeated" if args.repeat_inputs else "rotated")
+        n_done = len(wanted) - len(names)
+        print(f"resuming: {n_done} cases have all rows of this commit in {out}, {len(names)} are left")
     bytes_per_us = read_bytes_per_us(device)
     print(f"read bandwidth, measured: {bytes_per_us / 1e6:.3f} TB/s", flush=True)
     measured: list[rows.Row] = []
@@ -101,6 +103,19 @@ def run_operator(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _left(wanted: Mapping[str, set[str]], found: Iterable[rows.Row], machine: rows.Machine, inputs: str) -> list[str]:
+    """Cases that lack a row, on this GPU and commit, of a provider that is ``wanted``.
+
+    Those that have others come last: what failed in them may fail again.
+    """
+    have: dict[str, set[str]] = {}
+    for row in found:
+        if (row.gpu, row.commit, row.inputs) == (machine.gpu, machine.commit, inputs):
+            have.setdefault(row.case, set()).add(row.provider)
+    left = [name for name, providers in wanted.items() if not providers <= have.get(name, set())]
+    return sorted(left, key=have.__contains__)
+
+
 def run_index(args: argparse.Namespace) -> int:
     """Measure what building and growing the index costs, and append rows."""
     from .index_build import CASES, measure
@@ -114,7 +129,8 @@ def run_index(args: argparse.Namespace) -> int:
     print(f"read bandwidth, measured: {bytes_per_us / 1e6:.3f} TB/s", flush=True)
     with torch.no_grad():
         for name in names:
-            found = measure(cases.CASES[name], device, machine, args.runs, bytes_per_us)
+            case = cases.CASES[name] if device.type == "cuda" else cases.dry(cases.CASES[name])
+            found = measure(case, device, machine, args.runs, bytes_per_us)
             rows.append(out, found)
             for row in found:
                 share = row.floor_us / row.median_us
@@ -126,7 +142,7 @@ def tune_operator(args: argparse.Namespace) -> int:
     """Time settings of the fused kernel and write the table that the package looks them up in."""
     from flex_tls.kernels.tile_table import TABLE
 
-    from .tune import COORDINATES, Clock, dry, tune
+    from .tune import COORDINATES, Clock, tune
 
     clock = Clock(args.seconds)
     if args.device == "cpu" and not args.quick:
@@ -139,7 +155,7 @@ def tune_operator(args: argparse.Namespace) -> int:
     chosen = [cases.CASES[name] for name in names]
     with torch.no_grad():
         return tune(
-            [dry(case) for case in chosen] if device.type == "cpu" else chosen, device, machine,
+            [cases.dry(case) for case in chosen] if device.type == "cpu" else chosen, device, machine,
             coordinates=coordinates, runs=runs, clock=clock,
             table=args.out or (QUICK_ROWS.with_name("tiles-quick.json") if args.quick else TABLE),
             out=args.rows or (QUICK_ROWS.with_name("tune-quick.jsonl") if args.quick else ROWS.with_name("tune.jsonl")),
@@ -299,7 +315,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     operator.add_argument("--providers", help="names or patterns, comma-separated (default those of the suite)")
     operator.add_argument("--seconds", type=float, help="stop before a case that would likely end later than this")
-    operator.add_argument("--resume", action="store_true", help="leave out cases that --out has rows of, same commit")
+    operator.add_argument(
+        "--resume", action="store_true", help="leave out cases that --out has all rows of, same commit"
+    )
     operator.add_argument(
         "--repeat-inputs", action="store_true", help="one input set, served from L2 where it fits; rows say so"
     )

@@ -137,6 +137,12 @@ CASES = {case.name: case for case in (*_SWEEP, *_BUDGETS, *_BLOCKS, *_QUICK, _TI
 TUNED = ("qwen3-8b-b1-96k", "qwen3-8b-b4-96k", "qwen3-8b-b16-96k", "qwen3-14b-b1-96k")
 QUICK_TUNED = (_TINIEST.name,)
 
+
+def dry(case: Case) -> Case:
+    """The case as an interpreted kernel takes it: Triton's interpreter multiplies bfloat16 as integers."""
+    return replace(case, dtype=torch.float32)
+
+
 # Without FlexAttention, which compiles for seconds a case, and without dense forms that another one equals or beats
 LEAN = (
     "sdpa_cudnn_gqa",

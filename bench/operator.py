@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from .cases import Case
 from .inputs import InputSet, make_inputs
@@ -91,6 +93,7 @@ def run_case(
             inputs="repeated" if repeat_inputs else "rotated",
             floor_us=job.must_read_bytes / bytes_per_us,
             rel_error=error,
+            rel_error_dense=dense_error(sets, job.masks) if provider.stage == "total" else None,
             **spread._asdict(),
             **machine._asdict(),
         )
@@ -118,6 +121,25 @@ def relative_error(out: Tensor, inputs: InputSet, mask: Tensor | None) -> float:
             wrong += (out[row, head].double() - ref).square().sum()
             size += ref.square().sum()
     return math.sqrt(float(wrong / size))
+
+
+def dense_error(sets: Sequence[InputSet], masks: Sequence[Tensor | None]) -> float:
+    """Worst error of the input sets of torch's flash attention over the tokens of ``masks``."""
+    return max(relative_error(dense_over(i, mask), i, mask) for i, mask in zip(sets, masks, strict=True))
+
+
+def dense_over(inputs: InputSet, mask: Tensor | None) -> Tensor:
+    """[B, HKV, G, D]: torch's flash attention, in the inputs' dtype, over the tokens of ``mask`` bool [B, HKV, S]."""
+    b, hkv, _, d = inputs.k.shape
+    q = inputs.q.view(b, hkv, -1, d)
+    out = torch.empty_like(q)
+    for row in range(b):
+        for head in range(hkv):
+            seen = slice(None) if mask is None else mask[row, head]
+            k, v = (x[None, None, row, head, seen] for x in (inputs.k, inputs.v))
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                out[row, head] = scaled_dot_product_attention(q[None, None, row, head], k, v)[0, 0]
+    return out
 
 
 def checked_error(recording: Recording, sets: Sequence[InputSet], masks: Sequence[Tensor | None]) -> float:

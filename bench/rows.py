@@ -91,6 +91,8 @@ class Row(CaseRow):
     inputs: str
     # Fewest bytes that the task must read, over the read bandwidth measured in the same run
     floor_us: float
+    # As rel_error, of torch's flash attention over the same tokens, gathered; where the provider chooses them
+    rel_error_dense: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ combinations would compile for hours.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -224,11 +223,6 @@ def write_table(path: Path, entries: Iterable[Entry]) -> None:
     lines = [json.dumps({**entry._asdict(), "tiles": entry.tiles._asdict()}) for entry in sorted(entries)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[" + ",".join(f"\n  {line}" for line in lines) + "\n" * bool(lines) + "]\n", encoding="utf-8")
-
-
-def dry(case: Case) -> Case:
-    """The case as an interpreted kernel takes it: Triton's interpreter multiplies bfloat16 as integers."""
-    return dataclasses.replace(case, dtype=torch.float32)
 
 
 def _under(tiles: Tiles, call: Call) -> Tensor:

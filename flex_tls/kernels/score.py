@@ -149,7 +149,8 @@ def join_norms(parts, norms, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, PP: tl
     for g in tl.static_range(GROUP):
         top, total = _join(their_tops[g], their_totals[g], NATIVE)
         tops = extended(tops, top)
-        shares = extended(shares, 1 / (tl.maximum(total, 1e-37) * GROUP))
+        # The largest score's own exponential is 1: less is of a query that sees nothing
+        shares = extended(shares, 1 / (tl.maximum(total, 1.0) * GROUP))
         tl.store(norms + 2 * g, tops[g])
         tl.store(norms + 2 * g + 1, shares[g])
     return tops, shares

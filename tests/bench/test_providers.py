@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.cases import Case
+from bench.cases import CASES, Case, dry
 from bench.inputs import make_inputs
-from bench.operator import relative_error
+from bench.operator import dense_error, dense_over, relative_error, run_case
 from bench.providers import PROVIDERS
+from bench.rows import machine
 from flex_tls.reference import attention_reference
 
 pytest.importorskip("triton")
@@ -29,6 +30,27 @@ def test_the_error_is_that_of_the_packages_oracle() -> None:
     want, _ = attention_reference(*wide, inputs.tokens, scale=1 / math.sqrt(CASE.D))
     assert relative_error(want, inputs, inputs.tokens.mask[:, :, 0]) < 1e-12
     assert relative_error(want.view(CASE.B, CASE.HKV, CASE.group, CASE.D), inputs, None) > 0.1
+
+
+@pytest.mark.parametrize("some", [True, False])
+def test_dense_attention_over_some_tokens_is_of_those_alone(some: bool) -> None:
+    sets = make_inputs(CASE, DEVICE, 2)
+    masks = [i.tokens.mask[:, :, 0] if some else None for i in sets]
+    assert 0 < dense_error(sets, masks) < TOLERANCE
+    assert relative_error(dense_over(sets[0], masks[0]), sets[1], masks[1]) > 0.1
+
+
+def test_rows_of_who_chooses_have_denses_error_too() -> None:
+    case = CASES["tiniest"] if DEVICE.type == "cuda" else dry(CASES["tiniest"])
+    found, failed = run_case(
+        case, DEVICE, machine(DEVICE, "abc"), providers=["triton_dense", "quest_token_budget"], splits=[], runs=2,
+        bytes_per_us=1.0, n_sets=1,
+    )  # fmt: skip
+    assert not failed
+    dense, quest = found
+    assert dense.rel_error_dense is None
+    assert quest.rel_error_dense is not None
+    assert 0 < quest.rel_error_dense < TOLERANCE
 
 
 @pytest.mark.parametrize(

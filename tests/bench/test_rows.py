@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from bench import plots
+from bench import operator, plots, timing
 from bench.__main__ import main
+from bench.cases import SUITES, Case
 from bench.plots import draw_all, table
+from bench.providers.registry import Provider
 from bench.rows import Row, append, latest, read
 from flex_tls import jsonl
 
@@ -57,7 +59,7 @@ def test_rows_come_back_from_their_file_as_they_went_in(tmp_path: Path) -> None:
     assert read(tmp_path / "none.jsonl") == []
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Row)])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Row) if field.name != "rel_error_dense"])
 def test_a_row_without_one_of_its_fields_is_refused(name: str, tmp_path: Path) -> None:
     fields = dataclasses.asdict(ROW)
     del fields[name]
@@ -65,6 +67,13 @@ def test_a_row_without_one_of_its_fields_is_refused(name: str, tmp_path: Path) -
     jsonl.append(path, [ROW, fields])
     with pytest.raises(ValueError, match=rf"rows\.jsonl:2: expected the fields .*missing \['{name}'\], unknown \[\]"):
         read(path)
+
+
+def test_rows_that_are_older_than_a_field_are_read() -> None:
+    older = dataclasses.asdict(vary(rel_error_dense=2.0e-3))
+    del older["rel_error_dense"]
+    assert Row.from_dict(older) == ROW
+    assert ROW.rel_error_dense is None
 
 
 def test_an_unknown_field_is_refused() -> None:
@@ -140,6 +149,12 @@ def test_the_table_compares_with_the_best_dense_kernel_of_the_case() -> None:
     assert "x |" not in lines[-1]
 
 
+def test_the_table_has_denses_error_on_the_same_tokens() -> None:
+    without, having = table([ROW, vary(rel_error_dense=2.25e-3)]).splitlines()[2:]
+    assert "| 2.5e-03 |  | 50 |" in without
+    assert "| 2.5e-03 | 2.2e-03 | 50 |" in having
+
+
 def test_the_command_line_measures_and_draws_on_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.jsonl"
     quick = ["run", "operator", "--device", "cpu", "--quick", "--commit", "abc", "--dirty", "--out", str(out)]
@@ -168,3 +183,32 @@ def test_a_run_cut_by_its_time_limit_is_resumed(tmp_path: Path, capsys: pytest.C
     assert main([*flash, "--cases", "tiny-b1"]) == 0
     assert main([*flash, "--resume"]) == 0
     assert [row.case for row in read(out)] == ["tiny-b1", "tiny-b2"]
+
+
+@pytest.mark.parametrize("suite", ["budgets", "blocks"])
+def test_a_suite_is_resumed_where_rows_are_missing(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cases without any row first, then those that another run measured with fewer providers; none twice."""
+    out = tmp_path / "rows.jsonl"
+    measured: list[str] = []
+
+    def run_case(case: Case, *_: object, providers: list[str], **__: object) -> tuple[list[Row], list[str]]:
+        measured.append(case.name)
+        return [vary(case=case.name, provider=name, gpu="cpu", commit="abc") for name in providers], []
+
+    monkeypatch.setattr(operator, "run_case", run_case)
+    monkeypatch.setattr(timing, "read_bytes_per_us", lambda device: 1.0)
+    # A CPU runs all that a GPU does
+    monkeypatch.setattr(Provider, "runs_here", lambda *_: True)
+    command = ["run", "operator", "--device", "cpu", "--suite", suite, "--commit", "abc", "--out", str(out)]
+    names = list(SUITES[suite].cases)
+    assert main([*command, "--cases", names[0], "--providers", "triton_total"]) == 0
+    assert main([*command, "--cases", ",".join(names[1:3])]) == 0
+    measured.clear()
+    assert main([*command, "--resume"]) == 0
+    assert measured == [*names[3:], names[0]]
+    assert f"2 cases have all rows of this commit in {out}, {len(names) - 2} are left" in capsys.readouterr().out
+    measured.clear()
+    assert main([*command, "--resume"]) == 0
+    assert not measured

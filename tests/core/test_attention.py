@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flex_tls as tls
-from flex_tls import flex
-from flex_tls.attention import attend
+from flex_tls import attention, flex, fused
+from flex_tls.attention import attend, resolve_backend
 from flex_tls.reference import attention_reference
 from tests.cases import KINDS, Case, assert_as_exact, cases, make
 
@@ -183,3 +184,21 @@ def test_errors_name_what_was_expected() -> None:
     ):
         with pytest.raises(error, match=message):
             call()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("mod", ["score_mod", "mask_mod"])
+def test_auto_takes_flex_with_a_users_mod(mod: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that has the fused kernels: without the mod it takes those."""
+    taken = []
+
+    def resolve(backend: Any, device: torch.device, obstacle: str | None) -> str:
+        taken.append(resolve_backend(backend, torch.device("cuda"), obstacle))
+        return "reference"
+
+    monkeypatch.setattr(fused, "why_not_here", lambda device: None)
+    monkeypatch.setattr(attention, "resolve_backend", resolve)
+    case = make(CFG, lens=[60], s=64)
+    mods: dict[str, Any] = {"score_mod": lambda s, *_: s, "mask_mod": lambda b, h, q, k: k >= 0}
+    for chosen in ({}, {mod: mods[mod]}):
+        attend(case.q, case.k, case.v, case.index(), CFG, **chosen)
+    assert taken == ["triton", "flex"]

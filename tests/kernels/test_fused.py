@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 import flex_tls as tls
 from flex_tls.attention import Attended, attend
@@ -17,6 +20,9 @@ from flex_tls.reference import attention_reference
 from tests.cases import Case, assert_as_exact, cases, make
 
 pytest.importorskip("triton")
+from flex_tls.kernels.tile_table import forced
+from flex_tls.kernels.tiles import INTERPRETED
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CFG = tls.TLSConfig(block_size=32, block_budget=256, token_budget=100, sink_tokens=16, recent_tokens=40)
 
@@ -81,10 +87,42 @@ def test_groups_head_dims_and_dtypes(group: int, d: int, t: int, dtype: torch.dt
     check(case)
 
 
+# The second row of the first is shorter than the chunk: its first query sees nothing
+@pytest.mark.parametrize(("t", "lens"), [(3, [80, 2]), (5, [80]), (8, [80])])
+def test_several_query_tokens(t: int, lens: list[int]) -> None:
+    cfg = tls.TLSConfig(
+        block_size=16, block_budget=48, token_budget=24, sink_tokens=4, recent_tokens=8, label_dims=8, label_bits=4
+    )
+    # Interpreted, one program a row is the quickest: it goes through all phases at once
+    with forced(INTERPRETED._replace(programs=1)) if DEVICE == "cpu" else contextlib.nullcontext():
+        check(make(cfg, lens=lens, s=80, hkv=1, group=2, t=t, device=DEVICE))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("t", [3, 5, 8])
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_several_query_tokens_in_long_contexts(t: int, batch_size: int) -> None:
+    """With few rows several programs share each, with many one is all."""
+    lens = [5000 - 307 * i for i in range(batch_size)]
+    check(make(CFG, lens=lens, s=5000, hkv=2, group=4, t=t, d=128, dtype=torch.bfloat16, device="cuda"))
+
+
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 def test_block_sizes_and_every_token_of_the_blocks(size: int) -> None:
     cfg = dataclasses.replace(CFG, block_size=size, block_budget=4 * size + 256, token_budget=None)
     check(make(cfg, lens=[900, 65], s=900, group=4, d=64, device=DEVICE))
+
+
+def test_few_tokens_of_blocks_of_128() -> None:
+    cfg = dataclasses.replace(CFG, block_size=128, block_budget=512)
+    check(make(cfg, lens=[640], s=640, hkv=1, group=2, device=DEVICE))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("token_budget", [100, 1024])
+def test_some_tokens_of_large_blocks_of_long_contexts(token_budget: int) -> None:
+    cfg = dataclasses.replace(CFG, block_size=128, block_budget=4096, token_budget=token_budget)
+    check(make(cfg, lens=[20000, 9000], s=20000, group=4, d=128, dtype=torch.bfloat16, device="cuda"))
 
 
 @pytest.mark.cuda
@@ -166,6 +204,25 @@ def test_the_op_is_registered_as_pytorch_wants_it() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_ops_of_every_layer_are_registered_as_pytorch_wants_them(labelled: bool) -> None:
+    """A dense layer has no labels."""
+    case = make(CFG, lens=[64, 40], s=66, group=3, d=16, t=2, device=DEVICE)
+    labels = case.index().labels
+    given = (labels.codes, labels.to_code, labels.offset, labels.words) if labelled else (None, None, None, [])
+    checks = ("test_schema", "test_faketensor")
+    new_k, new_v = case.k[:, :, :2].clone(), case.v[:, :, :2].clone()
+    torch.library.opcheck(
+        torch.ops.flex_tls.append_tokens.default, (new_k, new_v, case.seq_lens, case.k, case.v, *given),
+        test_utils=checks,
+    )  # fmt: skip
+    arrivals = torch.zeros(8, dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(
+        torch.ops.flex_tls.attend_all.default, (case.q, case.k, case.v, case.seq_lens, arrivals, 0.25),
+        test_utils=checks,
+    )  # fmt: skip
+
+
 def test_older_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
@@ -184,6 +241,41 @@ def test_the_op_traces_into_a_compiled_step() -> None:
 
     want = tls.two_level_attention(case.q * 2, case.k, case.v, index, CFG, backend="triton") + 1
     torch.testing.assert_close(step(case.q), want)
+
+
+CUDA = pytest.mark.cuda
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype"),
+    [
+        (64, torch.float16),
+        pytest.param(128, torch.float16, marks=CUDA),
+        pytest.param(64, torch.bfloat16, marks=CUDA),
+        pytest.param(128, torch.bfloat16, marks=CUDA),
+    ],
+)
+def test_the_error_is_no_larger_than_dense_attentions_over_the_same_tokens(d: int, dtype: torch.dtype) -> None:
+    """Against float64, all seeds together; dense is PyTorch's flash attention, the chosen tokens gathered for it."""
+    wrong = dict.fromkeys(("ours", "dense"), 0.0)
+    size = 0.0
+    s, kept, seeds = (20000, 1024, 8) if DEVICE == "cuda" else (330, 100, 3)
+    cfg = tls.TLSConfig(block_budget=4096, token_budget=kept) if DEVICE == "cuda" else CFG
+    for seed in range(seeds):
+        case = make(cfg, lens=[s], s=s, hkv=1, group=4, d=d, dtype=dtype, seed=seed, device=DEVICE)
+        got = attend(case.q, case.k, case.v, case.index(), cfg, backend="triton")
+        assert got.tokens is not None
+        assert bool((got.tokens.counts == kept).all())
+        ids = got.tokens.indices(kept).long()[0, 0, 0]
+        q, k, v = case.q.view(1, 1, 4, d), case.k[:, :, ids], case.v[:, :, ids]
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            dense = scaled_dot_product_attention(q, k, v)
+        truth = (q.double() @ k.double().mT * d**-0.5).softmax(-1) @ v.double()
+        for name, out in (("ours", got.out), ("dense", dense)):
+            wrong[name] += float((out.view(truth.shape).double() - truth).square().sum())
+        size += float(truth.square().sum())
+    ours, theirs = ((wrong[name] / size) ** 0.5 for name in ("ours", "dense"))
+    assert ours <= 1.1 * theirs + torch.finfo(torch.float32).eps
 
 
 @pytest.mark.cuda

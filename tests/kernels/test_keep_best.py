@@ -85,24 +85,72 @@ def test_the_choice_is_that_of_a_stable_sort(values: list[float], k: int, chunk:
     assert kept(ranks, k, chunk, parts) == expected(ranks, k)
 
 
-@pytest.mark.parametrize(("k", "chunk"), [(1, 256), (7, 64), (200, 64), (200, 256), (256, 64)])
-def test_adversarial_scores(k: int, chunk: int) -> None:
-    place = torch.arange(256)
-    for scores in (
-        torch.zeros(256),
+def adversarial(n: int) -> list[Tensor]:
+    place = torch.arange(n)
+    return [
+        torch.zeros(n),
         torch.where(place % 3 == 0, 1.0, -1.0),
         torch.where(place % 5 == 0, 2.0, -torch.inf),
-        torch.full((256,), -torch.inf),
-        torch.where(place == 200, 3e38, 1e-30),
+        torch.full((n,), -torch.inf),
+        torch.where(place == n * 4 // 5, 3e38, 1e-30),
         place.float(),
         -place.float(),
-        torch.full((256,), 1.0).view(torch.int32).add(place % 2).view(torch.float32),
-    ):
+        torch.full((n,), 1.0).view(torch.int32).add(place % 2).view(torch.float32),
+    ]
+
+
+@pytest.mark.parametrize(("k", "chunk"), [(1, 256), (7, 64), (200, 64), (200, 256), (256, 64)])
+def test_adversarial_scores(k: int, chunk: int) -> None:
+    for scores in adversarial(256):
         assert kept(scores, k, chunk) == expected(scores, k)
 
 
+def test_adversarial_scores_in_some_large_chunks() -> None:
+    for scores in adversarial(8192):
+        assert kept(scores, 1024, 4096) == expected(scores, 1024)
+
+
+SIZES = [(65536, 512), (8192, 1024), (100_000, 4096)]
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize(("n", "k"), [(65536, 512), (8192, 1024), (100_000, 4096)])
+@pytest.mark.parametrize(("n", "k"), [*SIZES, (8192, 1), (65536, 1), (100_000, 7)])
+def test_adversarial_scores_of_many_candidates(n: int, k: int) -> None:
+    for scores in adversarial(n):
+        assert kept(scores, k, 8192) == expected(scores, k)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("n", "k"), SIZES)
 def test_many_candidates(n: int, k: int) -> None:
     scores = torch.randn(n, generator=torch.Generator().manual_seed(n)).half().float()
     assert kept(scores, k, 8192) == expected(scores, k)
+
+
+def distinct(n: int, positive: bool, seed: int) -> Tensor:
+    """In any order, numbers that keys tell apart: bfloat16's if none is negative, else float16's of both signs."""
+    if positive:
+        # Up to the largest key, two below infinity's
+        every = torch.arange(0x7C00 - 1).to(torch.int16).view(torch.bfloat16).float()
+    else:
+        half = torch.arange(1, 0x7C00 - 1).to(torch.int16).view(torch.float16).float()
+        every = torch.cat([half, -half])
+    return every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:n]]
+
+
+def assert_topk(ranks: Tensor, k: int, chunk: int) -> None:
+    assert ranks.unique().numel() == len(ranks)
+    assert kept(ranks, k, chunk) == sorted(ranks.topk(k).indices.tolist())
+
+
+@pytest.mark.parametrize("positive", [True, False])
+@pytest.mark.parametrize(("k", "chunk"), [(1, 2048), (500, 512), (1999, 512)])
+def test_of_distinct_scores_it_is_what_topk_takes(k: int, chunk: int, positive: bool) -> None:
+    assert_topk(distinct(2000, positive, k), k, chunk)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("positive", [True, False])
+@pytest.mark.parametrize("k", [1, 1024, 4096])
+def test_of_many_distinct_scores_it_is_what_topk_takes(k: int, positive: bool) -> None:
+    assert_topk(distinct(30_000, positive, k), k, 8192)

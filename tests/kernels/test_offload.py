@@ -21,6 +21,7 @@ from flex_tls.offload import ops
 
 from flex_tls.attention import attend
 from flex_tls.config import TLSConfig
+from flex_tls.fused import labels_of, options_of
 from flex_tls.fused_pool import Chosen, attend_arrived, attend_chosen, attend_resident, choose_blocks
 from flex_tls.index import KVIndex
 from flex_tls.kernels.append import launch_append
@@ -445,3 +446,48 @@ def test_the_ops_are_registered_as_pytorch_wants_them() -> None:
     arguments = (pool.slots.cpu(), pool.stalled.cpu())
     torch.library.opcheck(torch.ops.flex_tls.await_arrival.default, arguments, test_utils=checks)
     torch.library.opcheck(torch.ops.flex_tls.join_transfers.default, (pool.slots,), test_utils=checks)
+
+
+@pytest.mark.parametrize("store_dtype", ["model", "int8"])
+@pytest.mark.parametrize("token_budget", [None, 40])
+def test_the_ops_over_a_pool_are_registered_as_pytorch_wants_them(
+    store_dtype: StoreDtype, token_budget: int | None
+) -> None:
+    cfg = TLSConfig(
+        block_size=SIZE, block_budget=5 * SIZE, token_budget=token_budget, sink_tokens=SIZE, recent_tokens=SIZE,
+        label_dims=8,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    case = make_case(cfg, lens=[150], s=160, hkv=1, group=2)
+    x = pooled(case, torch.float32, store_dtype, 1.0, 1, generator)
+    pool, labels = x.pool, x.index.labels
+    checks = ("test_schema", "test_faketensor")
+    held, tables = (x.q, pool.slots, pool.scales, pool.slot_of_block), (pool.arrived, pool.clock)
+    pool.clock.fill_(7)
+    pool.arrived.copy_(6 + (torch.arange(pool.n_slots) % 2).int())
+    options = options_of(x.index, cfg, x.scale)
+    for when in ((None, None), tables):
+        torch.library.opcheck(
+            torch.ops.flex_tls.attend_slots.default,
+            (*held, *when, x.lens, *labels_of(x.index), *x.chosen),
+            {"token_budget": token_budget, **options},
+            test_utils=checks,
+        )
+    resident = attend_resident(x.q, pool, x.chosen, x.index, cfg, x.scale, x.lens)
+    # The half that the op writes; nothing else reads it
+    for part in (resident.parts, resident.parts_lse):
+        part[:, part.shape[1] // 2 :] = 0
+    kept_tokens = x.chosen.blocks.shape[1] * SIZE
+    torch.library.opcheck(
+        torch.ops.flex_tls.attend_arrived.default,
+        (*held, *tables, x.lens, labels.codes, x.index.arrivals, *resident, SIZE, kept_tokens, x.scale),
+        test_utils=checks,
+    )
+    k, v = (torch.randn(1, 1, 1, 16, generator=generator).to(DEVICE) for _ in range(2))
+    # The last token again: its block is always kept, and so has a slot
+    torch.library.opcheck(
+        torch.ops.flex_tls.append_to_pool.default,
+        (k, v, x.lens - 1, pool.slots, pool.slot_of_block, labels.codes, labels.to_code, labels.offset, labels.words,
+         pool.scales),
+        test_utils=checks,
+    )  # fmt: skip
