@@ -25,7 +25,8 @@ def lookup_steps(loop: Loop, ids: Tensor, n: int, draft_tokens: int) -> Generato
     text = torch.cat([ids, loop.token], 1)
     last = text.shape[1] + n
     while text.shape[1] < last:
-        draft: Tensor = drafts.get_candidates(text)[0][:, text.shape[1] :]
+        # The generator drafts past its max_length; a step gives one token more than it is given drafts
+        draft: Tensor = drafts.get_candidates(text)[0][:, text.shape[1] : last - 1]
         held = loop.cache.seq_lens[0]
         position = torch.arange(held, held + 1 + draft.shape[1], device=ids.device)[None]
         logits = loop.model(

@@ -72,6 +72,18 @@ def test_prompt_lookup_gives_the_tokens_of_plain_decoding(sampling: tls.Sampling
     assert drafted.seq_lens == plain.seq_lens == [want.shape[1] - 1]
 
 
+def test_drafts_do_not_pass_the_last_token() -> None:
+    """As many tokens as asked for, in a cache that holds no more."""
+    model, ids = make("qwen3"), repetitive(ends_new=False)
+    outs = []
+    for n in range(1, 13):
+        cache = tls.TLSCache(model.config, SPARSE, max_len=97 + n, backend="reference")
+        outs.append(tls.generate(model, ids, cache=cache, max_new_tokens=n, compiled=False, prompt_lookup_tokens=6)[0])
+    for n, out in enumerate(outs, 1):
+        assert torch.equal(out, outs[-1][: 97 + n])
+        assert out.shape == (97 + n,)
+
+
 def test_errors_say_what_to_do() -> None:
     model, ids = make("llama"), repetitive(ends_new=False)
     cache = cache_for(model, SPARSE)
