@@ -16,7 +16,8 @@ def lookup_steps(loop: Loop, ids: Tensor, n: int, draft_tokens: int) -> Generato
     """As ``Loop.eager_steps``, up to ``draft_tokens`` tokens drafted and checked in one forward; one row.
 
     Every token is drawn from the logits that plain decoding would have, and a draft that differs is dropped: the output
-    is that of plain decoding, sampled or greedy. ``ids`` int64 [1, S], the prompt.
+    is that of plain decoding, sampled or greedy, unless blocks arrive late (offload that is not ``"exact"``).
+    ``ids`` int64 [1, S], the prompt.
     Source: prompt lookup decoding, transformers' ``PromptLookupCandidateGenerator``.
     """
     from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
