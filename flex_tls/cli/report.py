@@ -128,14 +128,14 @@ def print_offload(stats: dict[int, LayerStats], console: Console, *, layers: boo
 
 
 def _offload_cells(stats: Sequence[LayerStats]) -> tuple[str, ...]:
-    n, steps = len(stats), max(stats[0].steps, 1)
+    n = len(stats)
     return (
         f"{sum(x.hit_rate for x in stats) / n:.1%}",
         f"{sum(x.missing_mass for x in stats) / n:.2%}",
         f"{sum(x.waits for x in stats) / n:.1%}",
         f"{sum(x.stall_us for x in stats) / n:.0f} us",
-        megabytes(sum(x.bytes_in for x in stats) / n / steps),
-        megabytes(sum(x.bytes_out for x in stats) / n / steps),
+        megabytes(sum(x.step_bytes_in for x in stats) / n),
+        megabytes(sum(x.step_bytes_out for x in stats) / n),
         f"{sum(x.used_slots for x in stats) / sum(x.pool_slots for x in stats):.0%}",
     )
 

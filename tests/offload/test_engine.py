@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from flex_tls.offload import OffloadConfig
@@ -33,7 +35,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.keys, self.values = (torch.zeros(B, HKV, CAPACITY, D) for _ in range(2))
         self.lens = [0] * B
         self.models = {(b, h): Model(n_slots) for b in range(B) for h in range(HKV)}
-        self.selected = self.missing = self.fetched = 0
+        self.selected = self.missing = self.fetched = self.opening = 0
         self.has_waited = False
         self.generator = torch.Generator().manual_seed(0)
 
@@ -66,9 +68,9 @@ class EngineMachine(RuleBasedStateMachine):
         if not engine.is_open:
             engine.open(torch.tensor(self.lens))
             for (b, _), model in self.models.items():
-                self.fetched -= len(model.block_of_slot)
+                n_held = len(model.block_of_slot)
                 _, evicted = model.plan([], self.opened(self.lens[b], 0))
-                self.fetched += len(model.block_of_slot) + len(evicted)
+                self.opening += len(model.block_of_slot) - n_held + len(evicted)
         self.transfers.run(early)
         start = torch.tensor(self.lens)
         engine.join()
@@ -161,14 +163,15 @@ class EngineMachine(RuleBasedStateMachine):
             for b in range(B) for h in range(HKV) for m in [old[rows[b], h]]
         }  # fmt: skip
         counts = self.pool.counters.sum((0, 1)).tolist()
-        self.selected, self.missing, self.fetched = counts[1:4]
+        self.selected, self.missing, self.opening = *counts[1:3], int(self.pool.opening.sum())
+        self.fetched = counts[3] - self.opening
 
     @rule()
     def start_again(self) -> None:
         self.engine.reset()
         self.lens = [0] * B
         self.models = {place: Model(self.n_slots) for place in self.models}
-        self.selected = self.missing = self.fetched = 0
+        self.selected = self.missing = self.fetched = self.opening = 0
 
     @invariant()
     def blocks_and_slots_are_a_bijection(self) -> None:
@@ -181,7 +184,11 @@ class EngineMachine(RuleBasedStateMachine):
     def counters_add_up(self) -> None:
         if hasattr(self, "engine"):
             counts = self.pool.counters.sum((0, 1)).tolist()
-            assert counts[1:4] == [self.selected, self.missing, self.fetched]
+            assert counts[1:4] == [self.selected, self.missing, self.opening + self.fetched]
+            stats = self.engine.stats()
+            assert stats.bytes_in == counts[3] * self.engine.store.block_bytes
+            if stats.steps:
+                assert stats.step_bytes_in == self.fetched * self.engine.store.block_bytes / stats.steps
 
     @invariant()
     def who_never_waits_is_never_stalled(self) -> None:
@@ -208,6 +215,34 @@ def test_the_pool_must_hold_what_a_step_selects_and_writes() -> None:
     ids = torch.zeros(2, 2, 1, 5, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"expected at most 3 selected blocks a step \(a pool of 5 slots, 2 of them"):
         engine.step(ids, None, lens - 1, lens, lens[:, None] - 1, n_written=1)
+
+
+@pytest.mark.parametrize("store_dtype", ["model", "int8"])
+def test_the_bytes_of_a_step_leave_out_prompt_and_opening(store_dtype: StoreDtype) -> None:
+    engine, _ = make_engine(OffloadConfig(), store_dtype=store_dtype)
+    prompt = torch.zeros(2, 2, 100, 4)
+    engine.write(prompt, prompt, [0, 0], [100, 100])
+    token_bytes = 2 * (4 + 4) if store_dtype == "int8" else 2 * 4 * 4
+    lens = torch.tensor([100, 100])
+    engine.open(lens)
+    # Of four rows and heads: the block of the next two tokens
+    opening, prompt_bytes = 4 * SIZE * token_bytes, 4 * 100 * token_bytes
+    before = engine.stats()
+    assert (before.bytes_in, before.bytes_out, before.steps) == (opening, prompt_bytes, 0)
+    assert math.isnan(before.step_bytes_in)
+    assert math.isnan(before.step_bytes_out)
+    for blocks in ([0, 1], [0, 2], [0, 2], [0, 1]):
+        engine.join()
+        engine.append(prompt[:, :, :1], prompt[:, :, :1], lens)
+        lens = lens + 1
+        ids = torch.tensor(blocks, dtype=torch.int32).expand(2, 2, 1, 2)
+        engine.step(ids, None, lens - 1, lens, lens[:, None] - 1, n_written=1)
+    after = engine.stats()
+    # Blocks 0, 1 and 2 came once each, in four steps
+    assert after.step_bytes_in == 4 * 3 * SIZE * token_bytes / 4
+    assert after.step_bytes_out == 4 * token_bytes
+    assert after.bytes_in == opening + 4 * after.step_bytes_in
+    assert after.bytes_out == prompt_bytes + 4 * after.step_bytes_out
 
 
 def test_tokens_are_appended_to_an_open_engine_only() -> None:
