@@ -24,6 +24,7 @@ class LayerStats:
     """What one layer's engine did since it was made or cleared; rows and KV heads together.
 
     Attributes:
+        transfer: how blocks travel, see :func:`transfer_path`.
         steps: decode steps.
         hit_rate: share of the selected blocks that were on the device when their step began.
         missing_mass: share of the selected blocks' estimated attention mass that was not, mean over steps.
@@ -36,6 +37,7 @@ class LayerStats:
         pool_bytes, host_bytes: of slots and tables, and of the host store.
     """
 
+    transfer: str
     steps: int
     hit_rate: float
     missing_mass: float
@@ -270,6 +272,7 @@ class LayerOffload:
         written_bytes = written * (block_bytes // pool.block_size)
         fetched_by_steps = fetched - int(pool.opening.sum())
         return LayerStats(
+            transfer=transfer_path(pool.slots.device, self.config),
             steps=n_steps,
             hit_rate=1.0 - missing / selected if selected else float("nan"),
             missing_mass=float(pool.missing_mass.sum()) / steps if steps else float("nan"),
@@ -302,11 +305,17 @@ class LayerOffload:
         self.is_open = False
 
 
+def transfer_path(device: torch.device, config: OffloadConfig) -> str:
+    """How eager steps move blocks to and from ``device``: "kernel", "copy", or on a CPU "host", copies by the host."""
+    return "host" if device.type == "cpu" else config.transfer
+
+
 def make_transfers(device: torch.device, config: OffloadConfig) -> Transfers:
     """How blocks travel to and from ``device``."""
-    if device.type == "cpu":
+    path = transfer_path(device, config)
+    if path == "host":
         return QueuedTransfers()
-    if config.transfer == "copy":
+    if path == "copy":
         return CopyTransfers(device)
     if find_spec("triton") is None:
         raise RuntimeError("transfer='kernel' needs triton, which is not installed; pip install triton or pass 'copy'")

@@ -88,6 +88,9 @@ def generate(
         int | None, typer.Option(min=1, help="With --offload: blocks on the device per KV head; twice the budget.")
     ] = None,
     store_dtype: StoreDtypeName = "model",
+    transfer: Annotated[
+        str, typer.Option(help="With --offload on CUDA: kernel, or copy, a copy a block; a CPU has only copies.")
+    ] = "kernel",
     stats: Annotated[bool, typer.Option("--stats", help="With --offload: what each layer's engine did.")] = False,
     json_file: JsonFile = None,
     plot: PlotFile = None,
@@ -100,7 +103,7 @@ def generate(
     if ids.shape[1] < 1:
         raise typer.BadParameter(f"expected text, {prompt_file} holds none", param_hint="--prompt-file")
     cfg = config(ids.shape[1], block_budget, token_budget, block_size)
-    away = offload_config(offload, gpu_blocks, store_dtype)
+    away = offload_config(offload, gpu_blocks, store_dtype, transfer)
     _run(model, tokenizer, ids, cfg, new_tokens, console, json_file, plot, compare_dense, away, stats)
 
 

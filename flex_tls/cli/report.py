@@ -112,10 +112,11 @@ def print_comparison(result: Comparison, console: Console) -> None:
 def print_offload(stats: dict[int, LayerStats], console: Console, *, layers: bool) -> None:
     """What the offload engine did: all layers together and, with ``layers``, each."""
     names = ("layer", "hits", "missing mass", "waits", "stall per step", "in per step", "out per step", "slots used")
-    table = Table(title="keys and values in host memory", title_justify="left", box=SIMPLE_HEAD)
+    each = list(stats.values())
+    title = f"keys and values in host memory; transfer: {each[0].transfer}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in names:
         table.add_column(name, justify="right")
-    each = list(stats.values())
     for layer, one in stats.items() if layers else ():
         table.add_row(str(layer), *_offload_cells([one]))
     table.add_row("mean", *_offload_cells(each))

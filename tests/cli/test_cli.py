@@ -107,14 +107,17 @@ def test_generate_with_keys_and_values_in_host_memory(model_folder: Path, tmp_pa
     found = json.loads(out.read_text())["offload"]
     assert set(found) == {"2", "3"}
     assert all(0 < layer["hit_rate"] <= 1 and layer["host_bytes"] > 0 for layer in found.values())
-    assert "keys and values in host memory" in result.output
+    assert "keys and values in host memory; transfer: host" in result.output
+    assert {layer["transfer"] for layer in found.values()} == {"host"}
     assert "hits" in result.output
     result = runner.invoke(cli.app, [*command, "--offload", "exact", "--store-dtype", "int8"])
     assert result.exit_code == 0, result.output
     small = json.loads(out.read_text())["offload"]
     assert all(small[name]["host_bytes"] < layer["host_bytes"] / 3 for name, layer in found.items())
-    for option in (["--gpu-blocks", "5"], ["--store-dtype", "int8"]):
+    for option in (["--gpu-blocks", "5"], ["--store-dtype", "int8"], ["--transfer", "copy"]):
         assert runner.invoke(cli.app, [*command, *option]).exit_code == 2
+    result = runner.invoke(cli.app, [*command, "--offload", "async", "--transfer", "dma"])
+    assert "transfer: expected one of 'kernel', 'copy', got 'dma'" in " ".join(result.output.replace("│", " ").split())
     result = runner.invoke(cli.app, [*command, "--offload", "async", "--gpu-blocks", "5"])
     assert result.exit_code == 1
     assert "gpu_blocks: expected at least" in " ".join(result.output.split())
