@@ -26,7 +26,8 @@ from .evaluate import eval_app
 from .options import BlockSize, config, load_model, load_shape, offload_config, pick_device
 from .plan import make_plan, print_plan
 from .plot import plot_record
-from .report import hardware, print_comparison, print_offload, reported
+from .report import hardware, print_comparison, reported
+from .stats import print_offload
 from .texts import library_source, question_about
 from .weights import load_smollm2
 
@@ -91,7 +92,9 @@ def generate(
     transfer: Annotated[
         str, typer.Option(help="With --offload on CUDA: kernel, or copy, a copy a block; a CPU has only copies.")
     ] = "kernel",
-    stats: Annotated[bool, typer.Option("--stats", help="With --offload: what each layer's engine did.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="With --offload: what each layer's engine does, live.")
+    ] = False,
     json_file: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
@@ -192,7 +195,7 @@ def _run(
     stats: bool = False,
 ) -> None:
     with reported(console):
-        result = compare(model, tokenizer, ids, cfg, new_tokens, console, dense, offload)
+        result = compare(model, tokenizer, ids, cfg, new_tokens, console, dense, offload, live_stats=stats)
     if not result.record.layers:
         console.print(
             f"the budgets hold all of the {result.prompt_tokens} tokens: every step was dense; lower them",
