@@ -126,7 +126,7 @@ def plan(
     missing: Annotated[float, typer.Option(min=0, max=1, help="Share of a step's blocks that it has to fetch.")] = 0.05,
     json_file: JsonFile = None,
 ) -> None:
-    """What a context would take with and without offload, what fits, and on CUDA the least time of a step."""
+    """What a context takes with and without offload, what fits, and on CUDA the least step time and whether it pays."""
     console = Console()
     cfg = config(context, block_budget, token_budget, block_size)
     away = offload_config(offload, gpu_blocks, store_dtype)
