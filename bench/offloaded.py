@@ -177,7 +177,7 @@ def offload_figures(cache: tls.TLSCache) -> dict[str, float]:
     stats = list(cache.stats().values())
     return {
         "hit_rate": sum(s.hit_rate for s in stats) / len(stats),
-        "fetched_bytes": sum(s.bytes_in for s in stats) / stats[0].steps,
+        "fetched_bytes": sum(s.step_bytes_in for s in stats),
         "stall_us": sum(s.stall_us for s in stats),
         "host_bytes": sum(s.host_bytes for s in stats),
         "pool_bytes": sum(s.pool_bytes for s in stats),

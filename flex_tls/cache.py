@@ -426,6 +426,11 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         return self._takes(self.max_len, self.dtype).on_device
 
     @property
+    def pools_nbytes(self) -> int:
+        """Bytes of the pools of block slots and their tables, allocated or to be; 0 without offload."""
+        return self._takes(self.max_len, self.dtype).pools
+
+    @property
     def index_nbytes(self) -> int:
         """Bytes of all indexes, allocated or to be."""
         return self._takes(self.max_len, self.dtype).indexes

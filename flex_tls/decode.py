@@ -64,7 +64,8 @@ def generate(
         streamer: with ``put(int64 [B])`` per step and ``end()``, as transformers' streamers; a few steps behind.
         compiled: one compiled step, on CUDA one graph; by default on CUDA. False runs the model's own forward.
         prompt_lookup_tokens: speculate: draft up to this many tokens from earlier in the text and check them in one
-            forward, for one row. The output is the same. Not compiled.
+            forward, for one row. The output is the same, but for offload with ``policy="async"`` or ``"corrected"``:
+            there a step leaves out what has not arrived, and the steps are others. Not compiled.
         inductor_options: ``options`` of ``torch.compile`` for the step, as ``{"coordinate_descent_tuning": True}``; a
             longer compilation for a faster step. They may change how sums are rounded.
         progress: show a progress bar of the prefill, and how long the step has been compiling.

@@ -14,6 +14,7 @@ from .cache_layer import TLSLayer
 from .config import TLSConfig
 from .fused import why_not_fused
 from .model_config import ModelShape, read_model_config
+from .offload import OffloadConfig, transfer_path
 from .offloaded_layer import OffloadedLayer
 from .paged import WHY_NOT_PAGED
 from .step import why_not_compiled
@@ -22,6 +23,12 @@ from .step import why_not_compiled
 APPEND, FUSED, ATTEND_ALL, ATTEND_ARRIVED = "append", "two_level", "attend", "attend_arrived"
 # Before a wait and after it
 STAMP = "stamp"
+# By the path that ``transfer_path`` says
+TRANSFERS = {
+    "kernel": "one kernel reads the pinned host memory (transfer='kernel')",
+    "copy": "a copy a block, for which each step waits (transfer='copy')",
+    "host": "copies by the host, as always on a CPU",
+}
 # Between the two levels of a layer that is offloaded: slots for blocks, and the blocks
 OFFLOAD = ("plan_residency", "fetch_blocks")
 
@@ -61,6 +68,7 @@ class Explanation:
         plans: one for every run of layers that do the same.
         why_not_compiled: what keeps ``tls.generate`` from its compiled step; None if nothing does.
         kv_nbytes, index_nbytes: of the whole cache, all layers.
+        offload: of the cache; None without.
     """
 
     shape: ModelShape
@@ -74,6 +82,7 @@ class Explanation:
     why_not_compiled: str | None
     kv_nbytes: int
     index_nbytes: int
+    offload: OffloadConfig | None
 
     @property
     def facts(self) -> dict[str, str]:
@@ -85,7 +94,7 @@ class Explanation:
         by_layer = ""
         if cfg.block_shares is not None:
             by_layer = f", {min(cfg.block_shares):g} to {max(cfg.block_shares):g} times as many by layer"
-        return {
+        facts = {
             "model": f"{shape.model_type}, {shape.n_layers} layers, {shape.n_kv_heads} KV heads of {shape.head_dim}",
             "cache": f"{self.batch_size} x {self.max_len:,} tokens, {_dtype(self.dtype)} on {self.device}",
             "bytes": f"keys and values {_gb(self.kv_nbytes)}, index {_gb(self.index_nbytes)}",
@@ -96,6 +105,10 @@ class Explanation:
             if self.why_not_compiled is None
             else self.why_not_compiled,
         }
+        if self.offload is not None:
+            path = TRANSFERS[transfer_path(self.device, self.offload)]
+            facts["offload"] = f"policy {self.offload.policy!r}; blocks travel by {path}"
+        return facts
 
     @property
     def table(self) -> list[tuple[str, ...]]:
@@ -159,6 +172,7 @@ def explain(
         why_not_compiled=why_not,
         kv_nbytes=cache.kv_nbytes,
         index_nbytes=cache.index_nbytes,
+        offload=cache.offload_config,
     )
 
 

@@ -16,7 +16,8 @@ def lookup_steps(loop: Loop, ids: Tensor, n: int, draft_tokens: int) -> Generato
     """As ``Loop.eager_steps``, up to ``draft_tokens`` tokens drafted and checked in one forward; one row.
 
     Every token is drawn from the logits that plain decoding would have, and a draft that differs is dropped: the output
-    is that of plain decoding, sampled or greedy. ``ids`` int64 [1, S], the prompt.
+    is that of plain decoding, sampled or greedy, unless blocks arrive late (offload that is not ``"exact"``).
+    ``ids`` int64 [1, S], the prompt.
     Source: prompt lookup decoding, transformers' ``PromptLookupCandidateGenerator``.
     """
     from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
@@ -25,7 +26,8 @@ def lookup_steps(loop: Loop, ids: Tensor, n: int, draft_tokens: int) -> Generato
     text = torch.cat([ids, loop.token], 1)
     last = text.shape[1] + n
     while text.shape[1] < last:
-        draft: Tensor = drafts.get_candidates(text)[0][:, text.shape[1] :]
+        # The generator drafts past its max_length; a step gives one token more than it is given drafts
+        draft: Tensor = drafts.get_candidates(text)[0][:, text.shape[1] : last - 1]
         held = loop.cache.seq_lens[0]
         position = torch.arange(held, held + 1 + draft.shape[1], device=ids.device)[None]
         logits = loop.model(

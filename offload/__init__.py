@@ -5,7 +5,7 @@ Knows rows, KV heads, blocks and slots, never models.
 
 from . import ops
 from .config import OffloadConfig
-from .engine import LayerOffload, LayerStats, make_transfers
+from .engine import LayerOffload, LayerStats, make_transfers, transfer_path
 from .memory import check_host_bytes, host_bytes_available
 from .pool import DevicePool
 from .residency import open_blocks
@@ -28,4 +28,5 @@ __all__ = [
     "make_transfers",
     "open_blocks",
     "ops",
+    "transfer_path",
 ]

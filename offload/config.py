@@ -29,7 +29,8 @@ class OffloadConfig:
             tokens among more blocks, which costs the reading of their labels and makes up for the missing ones
             (docs/design.md, section 10). By default so, but not with ``"exact"``, which attends to what it selected.
         transfer: on CUDA, ``"kernel"``: one Triton kernel reads the pinned host memory, the step can be captured;
-            ``"copy"``: a copy a block, for which each step waits for the device. On a CPU there are only copies.
+            ``"copy"``: a copy a block, for which each step waits for the device. On a CPU there are only copies by the
+            host. :func:`.engine.transfer_path` says which it is; ``tls.explain`` and ``cache.stats()`` report it.
         transfer_programs: programs of that kernel, which share the device with the model's own.
         store_dtype: ``"model"``: host and pool hold keys and values in the model's dtype. ``"int8"``: in 8 bits, with
             a float32 scale for each token's key and one for its value; 2 * D + 8 bytes a token and KV head, about half

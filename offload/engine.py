@@ -24,16 +24,20 @@ class LayerStats:
     """What one layer's engine did since it was made or cleared; rows and KV heads together.
 
     Attributes:
+        transfer: how blocks travel, see :func:`transfer_path`.
         steps: decode steps.
         hit_rate: share of the selected blocks that were on the device when their step began.
         missing_mass: share of the selected blocks' estimated attention mass that was not, mean over steps.
         waits: share of steps that waited for missing blocks, mean over rows and KV heads.
         stall_us: microseconds that attention waited for blocks, mean over steps; 0 where the policy never waits.
-        bytes_in, bytes_out: host to device and back.
+        bytes_in, bytes_out: host to device and back, in all.
+        step_bytes_in, step_bytes_out: the steps' own, mean over steps: without a prompt on its way to the host, and
+            without what opens the pool to steps.
         pool_slots, used_slots: of all rows and KV heads.
         pool_bytes, host_bytes: of slots and tables, and of the host store.
     """
 
+    transfer: str
     steps: int
     hit_rate: float
     missing_mass: float
@@ -41,6 +45,8 @@ class LayerStats:
     stall_us: float
     bytes_in: int
     bytes_out: int
+    step_bytes_in: float
+    step_bytes_out: float
     pool_slots: int
     used_slots: int
     pool_bytes: int
@@ -228,16 +234,17 @@ class LayerOffload:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Steps inside move bytes, which count, and select nothing that does."""
-        pool = self.pool
+        """Steps inside move bytes, which count as moved between steps, and select nothing that counts."""
+        pool, i = self.pool, COUNTERS.index("fetched")
         before = [total.clone() for total in pool.sums]
         try:
             yield
         finally:
-            fetched = pool.counters[..., COUNTERS.index("fetched")].clone()
+            fetched = pool.counters[..., i] - before[0][..., i]
             for total, was in zip(pool.sums, before, strict=True):
                 total.copy_(was)
-            pool.counters[..., COUNTERS.index("fetched")] = fetched
+            pool.counters[..., i] += fetched
+            pool.opening += fetched
 
     def check_integrity(self) -> None:
         """See :meth:`.pool.DevicePool.check_integrity`."""
@@ -248,15 +255,20 @@ class LayerOffload:
         pool = self.pool
         counts = pool.counters.cpu()
         steps, selected, missing, fetched, waits, written = (int(x) for x in counts.sum((0, 1)))
-        token_bytes = self.store.block_bytes // pool.block_size
+        block_bytes, n_steps = self.store.block_bytes, int(counts[..., 0].max())
+        written_bytes = written * (block_bytes // pool.block_size)
+        fetched_by_steps = fetched - int(pool.opening.sum())
         return LayerStats(
-            steps=int(counts[..., 0].max()),
+            transfer=transfer_path(pool.slots.device, self.config),
+            steps=n_steps,
             hit_rate=1.0 - missing / selected if selected else float("nan"),
             missing_mass=float(pool.missing_mass.sum()) / steps if steps else float("nan"),
             waits=waits / steps if steps else float("nan"),
             stall_us=float(pool.stalled.sum()) / steps / 1000 if steps else float("nan"),
-            bytes_in=fetched * self.store.block_bytes,
-            bytes_out=written * token_bytes + self._chunk_bytes_out,
+            bytes_in=fetched * block_bytes,
+            bytes_out=written_bytes + self._chunk_bytes_out,
+            step_bytes_in=fetched_by_steps * block_bytes / n_steps if n_steps else float("nan"),
+            step_bytes_out=written_bytes / n_steps if n_steps else float("nan"),
             pool_slots=pool.block_of_slot.numel(),
             used_slots=int((pool.block_of_slot >= 0).sum()),
             pool_bytes=pool.nbytes,
@@ -292,11 +304,17 @@ class LayerOffload:
         self.is_open = False
 
 
+def transfer_path(device: torch.device, config: OffloadConfig) -> str:
+    """How eager steps move blocks to and from ``device``: "kernel", "copy", or on a CPU "host", copies by the host."""
+    return "host" if device.type == "cpu" else config.transfer
+
+
 def make_transfers(device: torch.device, config: OffloadConfig) -> Transfers:
     """How blocks travel to and from ``device``."""
-    if device.type == "cpu":
+    path = transfer_path(device, config)
+    if path == "host":
         return QueuedTransfers()
-    if config.transfer == "copy":
+    if path == "copy":
         return CopyTransfers(device)
     if find_spec("triton") is None:
         raise RuntimeError("transfer='kernel' needs triton, which is not installed; pip install triton or pass 'copy'")

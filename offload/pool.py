@@ -32,6 +32,7 @@ class DevicePool(Blocks):
         waits: int32 [B, HKV], 1 where the last step waits for what it fetches.
         counters: int64 [B, HKV, 6], sums: steps that selected, selected blocks, those that were missing, fetched
             blocks, steps that waited for missing ones, tokens written.
+        opening: int64 [B, HKV], those of the fetched blocks that came between steps, to open or warm the pool.
         missing_mass: float64 [B, HKV], sum over steps of the missing share of the selected blocks' estimated mass.
         stalled: int64 [B, HKV], nanoseconds that attention waited for blocks; rows and heads wait for one another.
     """
@@ -56,6 +57,7 @@ class DevicePool(Blocks):
         self.fetch_block, self.fetch_slot = ints(b, h, p, fill=n_blocks), ints(b, h, p, fill=p)
         self.fetch_count, self.waits = ints(b, h), ints(b, h)
         self.counters = ints(b, h, len(COUNTERS), dtype=torch.int64)
+        self.opening = ints(b, h, dtype=torch.int64)
         self.missing_mass = torch.zeros(b, h, dtype=torch.float64, device=device)
         self.stalled = ints(b, h, dtype=torch.int64)
 
@@ -87,7 +89,7 @@ class DevicePool(Blocks):
     @property
     def sums(self) -> tuple[Tensor, ...]:
         """What steps add to, and :meth:`clear_counters` sets to zero."""
-        return self.counters, self.missing_mass, self.stalled
+        return self.counters, self.opening, self.missing_mass, self.stalled
 
     @property
     def nbytes(self) -> int:

@@ -26,7 +26,8 @@ from .evaluate import eval_app
 from .options import BlockSize, config, load_model, load_shape, offload_config, pick_device
 from .plan import make_plan, print_plan
 from .plot import plot_record
-from .report import hardware, print_comparison, print_offload, reported
+from .report import hardware, print_comparison, reported
+from .stats import print_offload
 from .texts import library_source, question_about
 from .weights import load_smollm2
 
@@ -88,7 +89,12 @@ def generate(
         int | None, typer.Option(min=1, help="With --offload: blocks on the device per KV head; twice the budget.")
     ] = None,
     store_dtype: StoreDtypeName = "model",
-    stats: Annotated[bool, typer.Option("--stats", help="With --offload: what each layer's engine did.")] = False,
+    transfer: Annotated[
+        str, typer.Option(help="With --offload on CUDA: kernel, or copy, a copy a block; a CPU has only copies.")
+    ] = "kernel",
+    stats: Annotated[
+        bool, typer.Option("--stats", help="With --offload: what each layer's engine does, live.")
+    ] = False,
     json_file: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
@@ -100,7 +106,7 @@ def generate(
     if ids.shape[1] < 1:
         raise typer.BadParameter(f"expected text, {prompt_file} holds none", param_hint="--prompt-file")
     cfg = config(ids.shape[1], block_budget, token_budget, block_size)
-    away = offload_config(offload, gpu_blocks, store_dtype)
+    away = offload_config(offload, gpu_blocks, store_dtype, transfer)
     _run(model, tokenizer, ids, cfg, new_tokens, console, json_file, plot, compare_dense, away, stats)
 
 
@@ -120,7 +126,7 @@ def plan(
     missing: Annotated[float, typer.Option(min=0, max=1, help="Share of a step's blocks that it has to fetch.")] = 0.05,
     json_file: JsonFile = None,
 ) -> None:
-    """What a context would take with and without offload, what fits, and on CUDA the least time of a step."""
+    """What a context takes with and without offload, what fits, and on CUDA the least step time and whether it pays."""
     console = Console()
     cfg = config(context, block_budget, token_budget, block_size)
     away = offload_config(offload, gpu_blocks, store_dtype)
@@ -189,7 +195,7 @@ def _run(
     stats: bool = False,
 ) -> None:
     with reported(console):
-        result = compare(model, tokenizer, ids, cfg, new_tokens, console, dense, offload)
+        result = compare(model, tokenizer, ids, cfg, new_tokens, console, dense, offload, live_stats=stats)
     if not result.record.layers:
         console.print(
             f"the budgets hold all of the {result.prompt_tokens} tokens: every step was dense; lower them",

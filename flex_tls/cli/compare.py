@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..evaluate.prefilled import dynamic_copy
 from ..integrations.huggingface import disable, enable, end_of_sequence_ids
 from ..offload import LayerStats, OffloadConfig
 from ..record import Record, Recorder
+from .stats import LiveStats
 
 PREFILL_CHUNK = 1024
 
@@ -97,12 +99,14 @@ def compare(
     console: Console,
     dense: bool = True,
     offload: OffloadConfig | None = None,
+    live_stats: bool = False,
 ) -> Comparison:
     """Read ids int64 [1, S] once, then decode ``new_tokens`` greedily per kind of attention.
 
     Agreement, KL(dense || two-level) and recall are teacher-forced: two-level attention is fed the tokens of the full
     one (its own if ``dense`` is off), so that one early difference does not count for every later token.
-    End-of-sequence tokens are suppressed: both decode the same number of tokens.
+    End-of-sequence tokens are suppressed: both decode the same number of tokens. ``live_stats``: show what the offload
+    engine does while two-level attention decodes.
     """
     n = ids.shape[1]
     cache = TLSCache(
@@ -128,10 +132,11 @@ def compare(
         if other is not None:
             disable(model)
             console.rule("full attention (sdpa)")
-            full = _decode(step(other), first, new_tokens, banned, tokenizer, console)
+            full = _decode(step(other), first, new_tokens, banned, tokenizer, console, None)
             enable(model)
         console.rule("two-level attention")
-        sparse = _decode(step(cache), first, new_tokens, banned, tokenizer, console)
+        live = LiveStats(cache.stats, console) if live_stats and cache.offloaded_layers else None
+        sparse = _decode(step(cache), first, new_tokens, banned, tokenizer, console, live)
         stats = cache.stats()
         cache.crop(n)
         cache.recorder = Recorder()
@@ -173,31 +178,43 @@ def _prefill(run: Callable[[Tensor], Tensor], ids: Tensor, console: Console) -> 
 
 
 def _decode(
-    run: Callable[[Tensor], Tensor], first: Tensor, n: int, banned: list[int], tokenizer: Any, console: Console
+    run: Callable[[Tensor], Tensor],
+    first: Tensor,
+    n: int,
+    banned: list[int],
+    tokenizer: Any,
+    console: Console,
+    live: LiveStats | None,
 ) -> Run:
-    """Greedy: n tokens, of which the first comes from the prompt's own logits ``first`` [1, V]."""
+    """Greedy: n tokens, of which the first comes from the prompt's own logits ``first`` [1, V].
+
+    The text is printed as it comes or, with ``live``, shown there and printed at the end.
+    """
     token_ids: list[int] = []
     times: list[float] = []
     rows = [first]
     shown = ""
-    while True:
-        allowed = rows[-1].clone()
-        allowed[:, banned] = -torch.inf
-        token = allowed.argmax(-1, keepdim=True)
-        token_ids.append(int(token))
-        text = tokenizer.decode(token_ids)
-        # A character may still be in the making
-        if not text.endswith("\ufffd"):
-            console.print(text[len(shown) :], end="", markup=False, highlight=False, soft_wrap=True)
-            shown = text
-        if len(token_ids) == n:
-            break
-        start = time.perf_counter()
-        rows.append(run(token))
-        if token.is_cuda:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    console.print()
+    with live or nullcontext():
+        while True:
+            allowed = rows[-1].clone()
+            allowed[:, banned] = -torch.inf
+            token = allowed.argmax(-1, keepdim=True)
+            token_ids.append(int(token))
+            text = tokenizer.decode(token_ids)
+            if live is not None:
+                live.show(text)
+            # A character may still be in the making
+            elif not text.endswith("\ufffd"):
+                console.print(text[len(shown) :], end="", markup=False, highlight=False, soft_wrap=True)
+                shown = text
+            if len(token_ids) == n:
+                break
+            start = time.perf_counter()
+            rows.append(run(token))
+            if token.is_cuda:
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) * 1e3)
+    console.print(text[len(shown) :], markup=False, highlight=False, soft_wrap=True)
     return Run(text, token_ids, times, torch.cat(rows).cpu())
 
 

@@ -46,15 +46,20 @@ def config(context: int, block_budget: str, token_budget: str, block_size: int) 
         raise typer.BadParameter(str(error)) from error
 
 
-def offload_config(policy: str, gpu_blocks: int | None, store_dtype: str) -> OffloadConfig | None:
+def offload_config(
+    policy: str, gpu_blocks: int | None, store_dtype: str, transfer: str = "kernel"
+) -> OffloadConfig | None:
     """The options as an offload configuration; None for ``"none"``."""
     if policy == "none":
-        for hint, is_given in (("--gpu-blocks", gpu_blocks is not None), ("--store-dtype", store_dtype != "model")):
+        for hint, is_given in (
+            ("--gpu-blocks", gpu_blocks is not None), ("--store-dtype", store_dtype != "model"),
+            ("--transfer", transfer != "kernel"),
+        ):  # fmt: skip
             if is_given:
                 raise typer.BadParameter("expected --offload with it, got none", param_hint=hint)
         return None
     try:
-        return OffloadConfig(policy=policy, gpu_blocks=gpu_blocks, store_dtype=store_dtype)  # type: ignore[arg-type]
+        return OffloadConfig(policy=policy, gpu_blocks=gpu_blocks, store_dtype=store_dtype, transfer=transfer)  # type: ignore[arg-type]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--offload") from error
 

@@ -1,4 +1,4 @@
-"""``flex-tls plan``: bytes of a context with and without offload, what fits, and the least time that a step takes."""
+"""``flex-tls plan``: bytes of a context with and without offload, what fits, the least time of a step, what pays."""
 
 from __future__ import annotations
 
@@ -15,17 +15,33 @@ from ..cache import TLSCache
 from ..config import TLSConfig
 from ..offload import OffloadConfig, host_bytes_available
 
+# What :func:`largest` says where nothing bounds it
+ANY = 2**30
+
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a cache's bytes are, and what would fit. ``step_ms``: least time of a step; None without measured rates."""
+    """Where a cache's bytes are, what would fit, and how fast it is at best.
+
+    Attributes:
+        device_bytes: weights, keys and values that stay, index and pools.
+        pool_bytes: of the pools alone; 0 without offload.
+        host_bytes: of keys and values in host memory.
+        fits: whether both are there.
+        largest_batch: rows of the context that fit; 0 for none, :data:`ANY` if nothing bounds them.
+        largest_context: tokens a row that fit at the batch; as above.
+        step_ms: least time of a step; None without measured rates.
+        tokens_per_s: most tokens a second, at the largest batch; None without rates or such a batch.
+    """
 
     device_bytes: int
+    pool_bytes: int
     host_bytes: int
     fits: bool
     largest_batch: int
     largest_context: int
     step_ms: float | None
+    tokens_per_s: float | None
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,7 @@ def make_plan(
     cuda = torch.cuda.is_available()
     gpu = int(gpu_gb * 1e9) if gpu_gb is not None else torch.cuda.mem_get_info()[1] if cuda else None
     host = int(host_gb * 1e9) if host_gb is not None else host_bytes_available()
-    rates = (_read_rate(), _link_rate()) if cuda else None
+    rates = _rates()
 
     def placement(away: OffloadConfig | None) -> Placement:
         def cache(b: int, n: int) -> TLSCache:
@@ -68,11 +84,15 @@ def make_plan(
             on_device = weight_bytes + made.device_nbytes
             return (gpu is None or on_device <= gpu) and (host is None or made.host_nbytes <= host)
 
-        made = cache(batch, context)
+        made, rows = cache(batch, context), largest(lambda b: fits(b, context))
+        step_ms = tokens_per_s = None
+        if rates is not None:
+            step_ms = _step_ms(made, weight_bytes, context, missing, *rates)
+            if 0 < rows < ANY:
+                tokens_per_s = rows * 1e3 / _step_ms(cache(rows, context), weight_bytes, context, missing, *rates)
         return Placement(
-            weight_bytes + made.device_nbytes, made.host_nbytes, fits(batch, context),
-            largest(lambda b: fits(b, context)), largest(lambda n: fits(batch, n), cfg.block_size),
-            None if rates is None else _step_ms(made, weight_bytes, context, missing, *rates),
+            weight_bytes + made.device_nbytes, made.pools_nbytes, made.host_nbytes, fits(batch, context), rows,
+            largest(lambda n: fits(batch, n), cfg.block_size), step_ms, tokens_per_s,
         )  # fmt: skip
 
     read_rate, link_rate = rates or (None, None)
@@ -81,7 +101,7 @@ def make_plan(
     )
 
 
-def largest(fits: Callable[[int], bool], unit: int = 1, most: int = 2**30) -> int:
+def largest(fits: Callable[[int], bool], unit: int = 1, most: int = ANY) -> int:
     """Largest multiple of ``unit`` that fits, given that what is smaller fits too; 0 if none, ``most`` at most."""
     low, high = 0, 1
     while high * unit < most and fits(high * unit):
@@ -105,11 +125,16 @@ def print_plan(plan: Plan, console: Console) -> None:
         table.add_row(name, *(text(x) for x in both))
 
     row("device, weights included", lambda x: _gb(x.device_bytes))
+    row("device, pools alone", lambda x: _gb(x.pool_bytes))
     row("host", lambda x: _gb(x.host_bytes))
     row("fits", lambda x: "yes" if x.fits else "no")
     row(f"largest batch at {plan.context:,} tokens", lambda x: _most(x.largest_batch))
     row(f"longest context at batch {plan.batch}", lambda x: _most(x.largest_context))
-    row("least time of a step", lambda x: "" if x.step_ms is None else f"{x.step_ms:.1f} ms")
+    row("least time of a step", lambda x: "not known" if x.step_ms is None else f"{x.step_ms:.1f} ms")
+    row(
+        "most tokens a second, at the largest batch",
+        lambda x: "not known" if x.tokens_per_s is None else f"{x.tokens_per_s:,.0f}",
+    )
     console.print(table)
     known = [f"weights {_gb(plan.weight_bytes)}"]
     known += [f"device memory {_gb(plan.gpu_bytes)}"] if plan.gpu_bytes is not None else []
@@ -117,12 +142,23 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.device_bytes_per_s is not None and plan.link_bytes_per_s is not None:
         known += [f"reads {plan.device_bytes_per_s / 1e9:,.0f} GB/s", f"link {plan.link_bytes_per_s / 1e9:.1f} GB/s"]
     console.print(", ".join(known), highlight=False)
-    if not plan.resident.fits and plan.offloaded.fits:
-        console.print("offload: it fits in no other way")
-    elif plan.offloaded.largest_batch > plan.resident.largest_batch:
-        console.print("offload pays where more rows are wanted than fit on the device")
-    else:
-        console.print("offload does not pay: the device holds as much without it")
+    console.print(verdict(plan), highlight=False)
+
+
+def verdict(plan: Plan) -> str:
+    """Whether offload pays: what fits, and the more tokens a second at the largest batch."""
+    here, away = plan.resident, plan.offloaded
+    if not away.largest_batch:
+        return "offload does not pay: not a row of that context fits"
+    if not here.largest_batch:
+        return "offload pays: a row of that context fits in no other way"
+    only = f"; {plan.batch} x {plan.context:,} tokens fit in no other way" if away.fits and not here.fits else ""
+    rows = f"{_most(away.largest_batch)} rows, without it {_most(here.largest_batch)}"
+    if here.tokens_per_s is None or away.tokens_per_s is None:
+        return f"offload holds {rows}{only}; which is faster is not known: rates are measured on a CUDA device"
+    pays = "pays" if away.tokens_per_s > here.tokens_per_s else "does not pay"
+    speeds = f"{away.tokens_per_s:,.0f} tokens a second, without it {here.tokens_per_s:,.0f}"
+    return f"offload {pays}: at best {speeds}, at the largest batches: {rows}{only}"
 
 
 def _step_ms(
@@ -162,6 +198,11 @@ def _model(name: str) -> tuple[Any, int]:
     return config, sum(x.numel() * x.element_size() for x in model.parameters())
 
 
+def _rates() -> tuple[float, float] | None:
+    """Bytes a second that the device reads of its own memory and over the link; None without CUDA."""
+    return (_read_rate(), _link_rate()) if torch.cuda.is_available() else None
+
+
 def _read_rate() -> float:
     x = torch.ones(2**28, device="cuda")
     return x.nbytes / _seconds(lambda: x.sum())
@@ -190,4 +231,4 @@ def _gb(n_bytes: int) -> str:
 
 
 def _most(n: int) -> str:
-    return "any" if n >= 2**30 else f"{n:,}"
+    return "any" if n >= ANY else f"{n:,}"

@@ -19,8 +19,8 @@ from rich.table import Table
 from ..attention import BackendUnavailable
 from ..evaluate.bootstrap import Interval
 from ..evaluate.summary import AttentionSummary, PplSummary, RetrievalSummary
-from ..offload import LayerStats
 from .compare import Comparison
+from .stats import megabytes
 
 
 def hardware() -> dict[str, Any]:
@@ -40,11 +40,6 @@ def hardware() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def megabytes(n_bytes: float) -> str:
-    """Bytes as a person reads them."""
-    return f"{n_bytes / 1e6:,.1f} MB"
 
 
 @contextmanager
@@ -107,37 +102,6 @@ def print_comparison(result: Comparison, console: Console) -> None:
         highlight=False,
     )
     _print_machine(console)
-
-
-def print_offload(stats: dict[int, LayerStats], console: Console, *, layers: bool) -> None:
-    """What the offload engine did: all layers together and, with ``layers``, each."""
-    names = ("layer", "hits", "missing mass", "waits", "stall per step", "in per step", "out per step", "slots used")
-    table = Table(title="keys and values in host memory", title_justify="left", box=SIMPLE_HEAD)
-    for name in names:
-        table.add_column(name, justify="right")
-    each = list(stats.values())
-    for layer, one in stats.items() if layers else ():
-        table.add_row(str(layer), *_offload_cells([one]))
-    table.add_row("mean", *_offload_cells(each))
-    console.print(table)
-    console.print(
-        f"host: {megabytes(sum(x.host_bytes for x in each))}; pools on the device: "
-        f"{megabytes(sum(x.pool_bytes for x in each))}, {len(each)} layers",
-        highlight=False,
-    )
-
-
-def _offload_cells(stats: Sequence[LayerStats]) -> tuple[str, ...]:
-    n, steps = len(stats), max(stats[0].steps, 1)
-    return (
-        f"{sum(x.hit_rate for x in stats) / n:.1%}",
-        f"{sum(x.missing_mass for x in stats) / n:.2%}",
-        f"{sum(x.waits for x in stats) / n:.1%}",
-        f"{sum(x.stall_us for x in stats) / n:.0f} us",
-        megabytes(sum(x.bytes_in for x in stats) / n / steps),
-        megabytes(sum(x.bytes_out for x in stats) / n / steps),
-        f"{sum(x.used_slots for x in stats) / sum(x.pool_slots for x in stats):.0%}",
-    )
 
 
 def print_ppl(lines: Sequence[PplSummary], console: Console) -> None:

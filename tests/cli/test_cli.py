@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import typer
+from flex_tls.offload import LayerStats
+from rich.console import Console
 from typer.testing import CliRunner
 
 from flex_tls import device
 from flex_tls.cli import app as cli
-from flex_tls.cli import options, weights
+from flex_tls.cli import options, stats, weights
 from flex_tls.cli.texts import library_source
 
 runner = CliRunner()
@@ -96,7 +99,35 @@ def test_generate_without_the_dense_run(model_folder: Path, tmp_path: Path) -> N
     assert "every step was dense" in result.output
 
 
-def test_generate_with_keys_and_values_in_host_memory(model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("refresh_s", "terminal", "reads"),
+    [(0.0, True, 5), (1e9, True, 1), (0.0, False, 0)],
+    ids=["always", "rarely", "file"],
+)
+def test_live_stats_are_read_no_more_often_than_they_are_shown(
+    refresh_s: float, terminal: bool, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stats, "REFRESH_S", refresh_s)
+    console = Console(force_terminal=terminal, file=io.StringIO(), width=100)
+    n_read = 0
+
+    def read() -> dict[int, LayerStats]:
+        nonlocal n_read
+        n_read += 1
+        return {3: LayerStats("copy", n_read, 0.5, 0.1, 0.0, 0.0, 0, 0, 2e6, 3e6, 8, 4, 100, 100)}
+
+    with stats.LiveStats(read, console) as live:
+        for word in ("some ", "words ", "come ", "one ", "each"):
+            live.show(word)
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert n_read == reads
+    assert all(text in out for text in ("some", "transfer: copy; steps: 1", "50.0%", "2.0 MB", "3.0 MB")) == terminal
+    assert ("each" in out) == ("transfer: copy; steps: 5" in out) == (reads == 5)
+
+
+def test_generate_with_keys_and_values_in_host_memory(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt, out = tmp_path / "prompt.txt", tmp_path / "out.json"
     prompt.write_text(library_source()[:700])
     files = ["--prompt-file", str(prompt), "--json", str(out), "--no-compare", "--new-tokens", "4"]
@@ -107,14 +138,24 @@ def test_generate_with_keys_and_values_in_host_memory(model_folder: Path, tmp_pa
     found = json.loads(out.read_text())["offload"]
     assert set(found) == {"2", "3"}
     assert all(0 < layer["hit_rate"] <= 1 and layer["host_bytes"] > 0 for layer in found.values())
-    assert "keys and values in host memory" in result.output
+    assert "keys and values in host memory; transfer: host" in result.output
+    assert {layer["transfer"] for layer in found.values()} == {"host"}
     assert "hits" in result.output
-    result = runner.invoke(cli.app, [*command, "--offload", "exact", "--store-dtype", "int8"])
+    terminal = Console(force_terminal=True, file=io.StringIO(), width=100)
+    monkeypatch.setattr(cli, "Console", lambda: terminal)
+    monkeypatch.setattr(stats, "REFRESH_S", 0.0)
+    result = runner.invoke(cli.app, [*command, "--offload", "exact", "--store-dtype", "int8", "--stats"])
     assert result.exit_code == 0, result.output
+    monkeypatch.undo()
+    # A table beside every token, which counts the step that compiled; the last once more as it goes, and to stay
+    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert [shown.count(f"transfer: host; steps: {n} ") for n in range(6)] == [0, 1, 1, 1, 2 + 1, 0]
     small = json.loads(out.read_text())["offload"]
     assert all(small[name]["host_bytes"] < layer["host_bytes"] / 3 for name, layer in found.items())
-    for option in (["--gpu-blocks", "5"], ["--store-dtype", "int8"]):
+    for option in (["--gpu-blocks", "5"], ["--store-dtype", "int8"], ["--transfer", "copy"]):
         assert runner.invoke(cli.app, [*command, *option]).exit_code == 2
+    result = runner.invoke(cli.app, [*command, "--offload", "async", "--transfer", "dma"])
+    assert "transfer: expected one of 'kernel', 'copy', got 'dma'" in " ".join(result.output.replace("│", " ").split())
     result = runner.invoke(cli.app, [*command, "--offload", "async", "--gpu-blocks", "5"])
     assert result.exit_code == 1
     assert "gpu_blocks: expected at least" in " ".join(result.output.split())

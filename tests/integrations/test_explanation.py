@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,6 +76,22 @@ def test_a_backend_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert [plan.backend for plan in explained.plans] == ["sdpa", None]
     assert "triton is not installed" in explained.plans[1].why
     assert explained.why_not_compiled == "triton is not installed; pip install triton"
+
+
+@pytest.mark.parametrize(
+    ("device", "transfer", "path"),
+    [
+        ("cuda", "kernel", "one kernel reads the pinned host memory (transfer='kernel')"),
+        ("cuda", "copy", "a copy a block, for which each step waits (transfer='copy')"),
+        ("cpu", "copy", "copies by the host, as always on a CPU"),
+    ],
+)
+def test_how_blocks_travel_is_said(device: str, transfer: Any, path: str) -> None:
+    model = make("llama")
+    explained = tls.explain(model, cache_for(model, offload=tls.OffloadConfig(policy="corrected", transfer=transfer)))
+    text = str(replace(explained, device=torch.device(device)))
+    assert f"offload: policy 'corrected'; blocks travel by {path}" in text.splitlines()
+    assert "offload" not in tls.explain(model, cache_for(model)).facts
 
 
 def test_kernels_that_are_named_exist() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from flex_tls.offload import OffloadConfig
@@ -35,6 +37,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.lens = [0] * B
         self.models = {(b, h): Model(n_slots) for b in range(B) for h in range(HKV)}
         self.counts = torch.zeros(B, HKV, len(COUNTERS), dtype=torch.int64)
+        self.opening = torch.zeros(B, HKV, dtype=torch.int64)
         self.has_waited = False
         self.generator = torch.Generator().manual_seed(0)
 
@@ -68,7 +71,9 @@ class EngineMachine(RuleBasedStateMachine):
             engine.open(torch.tensor(self.lens))
             for (b, h), model in self.models.items():
                 before, _ = model.plan([], self.opened(self.lens[b], 0))
-                self.count(b, h, fetched=len({*model.block_of_slot.values()} - {*before}))
+                n_fetched = len({*model.block_of_slot.values()} - {*before})
+                self.count(b, h, fetched=n_fetched)
+                self.opening[b, h] += n_fetched
         self.transfers.run(early)
         start = torch.tensor(self.lens)
         engine.join()
@@ -165,7 +170,7 @@ class EngineMachine(RuleBasedStateMachine):
             (b, h): Model(self.n_slots, dict(m.block_of_slot), dict(m.last_used), m.clock)
             for b in range(B) for h in range(HKV) for m in [old[rows[b], h]]
         }  # fmt: skip
-        self.counts = self.counts[rows]
+        self.counts, self.opening = self.counts[rows], self.opening[rows]
 
     @rule()
     def start_again(self) -> None:
@@ -173,6 +178,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.lens = [0] * B
         self.models = {place: Model(self.n_slots) for place in self.models}
         self.counts.zero_()
+        self.opening.zero_()
 
     @invariant()
     def blocks_and_slots_are_a_bijection(self) -> None:
@@ -186,6 +192,12 @@ class EngineMachine(RuleBasedStateMachine):
         """Each row's and head's; a row that is copied takes its counts along."""
         if hasattr(self, "engine"):
             assert torch.equal(self.pool.counters, self.counts)
+            assert torch.equal(self.pool.opening, self.opening)
+            stats, block_bytes = self.engine.stats(), self.engine.store.block_bytes
+            fetched = int(self.counts[..., COUNTERS.index("fetched")].sum())
+            assert stats.bytes_in == fetched * block_bytes
+            if stats.steps:
+                assert stats.step_bytes_in == (fetched - int(self.opening.sum())) * block_bytes / stats.steps
 
     @invariant()
     def who_never_waits_is_never_stalled(self) -> None:
@@ -212,6 +224,34 @@ def test_the_pool_must_hold_what_a_step_selects_and_writes() -> None:
     ids = torch.zeros(2, 2, 1, 5, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"expected at most 3 selected blocks a step \(a pool of 5 slots, 2 of them"):
         engine.step(ids, None, lens - 1, lens, lens[:, None] - 1, n_written=1)
+
+
+@pytest.mark.parametrize("store_dtype", ["model", "int8"])
+def test_the_bytes_of_a_step_leave_out_prompt_and_opening(store_dtype: StoreDtype) -> None:
+    engine, _ = make_engine(OffloadConfig(), store_dtype=store_dtype)
+    prompt = torch.zeros(2, 2, 100, 4)
+    engine.write(prompt, prompt, [0, 0], [100, 100])
+    token_bytes = 2 * (4 + 4) if store_dtype == "int8" else 2 * 4 * 4
+    lens = torch.tensor([100, 100])
+    engine.open(lens)
+    # Of four rows and heads: the block of the next two tokens
+    opening, prompt_bytes = 4 * SIZE * token_bytes, 4 * 100 * token_bytes
+    before = engine.stats()
+    assert (before.bytes_in, before.bytes_out, before.steps) == (opening, prompt_bytes, 0)
+    assert math.isnan(before.step_bytes_in)
+    assert math.isnan(before.step_bytes_out)
+    for blocks in ([0, 1], [0, 2], [0, 2], [0, 1]):
+        engine.join()
+        engine.append(prompt[:, :, :1], prompt[:, :, :1], lens)
+        lens = lens + 1
+        ids = torch.tensor(blocks, dtype=torch.int32).expand(2, 2, 1, 2)
+        engine.step(ids, None, lens - 1, lens, lens[:, None] - 1, n_written=1)
+    after = engine.stats()
+    # Blocks 0, 1 and 2 came once each, in four steps
+    assert after.step_bytes_in == 4 * 3 * SIZE * token_bytes / 4
+    assert after.step_bytes_out == 4 * token_bytes
+    assert after.bytes_in == opening + 4 * after.step_bytes_in
+    assert after.bytes_out == prompt_bytes + 4 * after.step_bytes_out
 
 
 def test_tokens_are_appended_to_an_open_engine_only() -> None:
