@@ -45,7 +45,8 @@ class CompiledForward:
             self.replays = _Replays(self.model, cache, self.options)
         if not self.replays.can_go_on():
             return self.model(**inputs)
-        return CausalLMOutputWithPast(logits=self.replays.next(inputs["input_ids"])[:, None], past_key_values=cache)
+        logits: Any = self.replays.next(inputs["input_ids"])[:, None]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
 
 class _Replays:
