@@ -65,7 +65,8 @@ def generate(
         tokenizer: the model's, for ``stop_strings``.
         pad_token_id: fills rows that ended; the model's, or its first stop token, by default.
         seed: of the sampling; torch's own generator by default.
-        streamer: with ``put(int64 [B])`` per step and ``end()``, as transformers' streamers; a few steps behind.
+        streamer: with ``put`` and ``end``, as transformers' streamers: gets ``input_ids`` [B, S] first, then int64 [B]
+            per step, a few steps behind.
         compiled: one compiled step, on CUDA one graph; by default on CUDA. False runs the model's own forward.
         prompt_lookup_tokens: speculate: draft up to this many tokens from earlier in the text and check them in one
             forward, for one row. The output is the same. Not compiled.
@@ -106,6 +107,8 @@ def generate(
         model, cache, input_ids, sampling, Stops(input_ids, stop_ids, strings, tokenizer), pad_token_id=pad_token_id,
         seed=seed, inductor_options=inductor_options, progress=progress,
     )  # fmt: skip
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
     with torch.no_grad(), enabled(model):
         loop.next(read_prompt(model, cache, input_ids, attention_mask, progress=progress))
         n = max_new_tokens - 1

@@ -3,12 +3,14 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TextIteratorStreamer, TextStreamer
 
 import flex_tls as tls
 from flex_tls.integrations.huggingface import enabled
@@ -194,30 +196,63 @@ def test_stop_strings_end_rows_where_transformers_ends_them(lens: tuple[int, ...
     assert (ours.seq_lens, ours.get_seq_length()) == (theirs.seq_lens, theirs.get_seq_length())
 
 
-def test_streamer_and_seed() -> None:
-    model, inputs = make("llama"), prompts(30)
+@pytest.mark.parametrize(("skip_prompt", "compiled"), [(True, False), (True, True), (False, False)])
+def test_streamers_of_transformers_say_what_they_say_there(
+    skip_prompt: bool, compiled: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, inputs, words = make("llama"), prompts(30), tokenizer()
+
+    def streams(generate: Callable[[Any], torch.Tensor]) -> str:
+        pieces = TextIteratorStreamer(words, skip_prompt=skip_prompt)
+        generate(pieces)
+        capsys.readouterr()
+        out = generate(TextStreamer(words, skip_prompt=skip_prompt))
+        text = words.decode(out[0, 30 if skip_prompt else 0 :])
+        printed = capsys.readouterr().out
+        assert printed == f"{text}\n"
+        assert "".join(pieces) == text
+        return text
+
+    def theirs(streamer: Any) -> torch.Tensor:
+        return transformers_output(model, cache_for(model, 1), 8, **inputs, streamer=streamer)
+
+    cache = cache_for(model, 1)
+
+    def ours(streamer: Any) -> torch.Tensor:
+        cache.reset()
+        return tls.generate(
+            model, inputs["input_ids"], cache=cache, max_new_tokens=8, streamer=streamer, compiled=compiled
+        )
+
+    assert streams(ours) == streams(theirs)
+
+
+def test_a_streamer_gets_the_prompt_then_every_token_and_a_seed_repeats_them() -> None:
+    model, ids = make("llama"), prompts(30)["input_ids"]
 
     class Streamer:
         def __init__(self) -> None:
-            self.tokens: list[int] = []
+            self.got: list[list[Any]] = []
             self.ended = False
 
         def put(self, value: torch.Tensor) -> None:
-            self.tokens += value.tolist()
+            self.got.append(value.tolist())
 
         def end(self) -> None:
             self.ended = True
 
     def run(seed: int, streamer: Streamer | None = None) -> list[int]:
         out = tls.generate(
-            model, inputs["input_ids"], cache=cache_for(model, 1), max_new_tokens=8, seed=seed, streamer=streamer,
+            model, ids, cache=cache_for(model, 1), max_new_tokens=8, seed=seed, streamer=streamer,
             sampling=tls.Sampling(temperature=1.5), compiled=False,
         )  # fmt: skip
         tokens: list[int] = out[0, 30:].tolist()
         return tokens
 
     streamer = Streamer()
-    assert run(1, streamer) == run(1) == streamer.tokens
+    tokens = run(1, streamer)
+    assert run(1) == tokens
+    assert streamer.got == [ids.tolist(), *([token] for token in tokens)]
     assert streamer.ended
     assert len({tuple(run(seed)) for seed in range(4)}) > 1
 
