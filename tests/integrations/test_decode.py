@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 from transformers import TextIteratorStreamer, TextStreamer
 
 import flex_tls as tls
+from flex_tls import prefill
+from flex_tls.cache_layer import TLSLayer
+from flex_tls.decode import DecodeStep
 from flex_tls.integrations.huggingface import enabled
 from flex_tls.prefill import read_prompt
 from flex_tls.record import Recorder
@@ -26,6 +30,12 @@ CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 
 def cache_for(model: Any, batch_size: int, max_len: int = 160, cfg: tls.TLSConfig = SPARSE) -> tls.TLSCache:
     return tls.TLSCache(model.config, cfg, batch_size=batch_size, max_len=max_len)
+
+
+def uncompiled(step: DecodeStep, model: Any, *args: Any) -> None:
+    """In place of ``DecodeStep.__init__``: a step that gives the same logits, whatever it is asked."""
+    step.has_run = False
+    step.forward = lambda token, start: torch.zeros(token.shape[0], model.config.vocab_size)
 
 
 def transformers_output(model: Any, cache: tls.TLSCache, n: int, **inputs: Any) -> torch.Tensor:
@@ -52,16 +62,64 @@ def test_greedy_is_what_transformers_generates(family: str, lens: tuple[int, ...
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral, window"])
-@pytest.mark.parametrize("lens", [(90, 90), (90, 41, 7)])
-def test_a_prompt_read_in_chunks_is_the_prompt(family: str, lens: tuple[int, ...]) -> None:
-    model, inputs = make(family), prompts(*lens)
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    whole, chunked = cache_for(model, len(lens)), cache_for(model, len(lens))
+@pytest.mark.parametrize("lens", [(90, 90), (90, 41, 7), (60, 7)])
+def test_a_prompt_read_in_chunks_is_the_prompt(
+    family: str, lens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it is padded, no forward sees more than a chunk: that bounds its memory."""
+    model, inputs = make(family), prompts(90, *lens)
+    ids, mask = inputs["input_ids"][1:], inputs["attention_mask"][1:]
+    seen: list[int] = []
+    attend = TLSLayer.attend
+
+    def spied(layer: TLSLayer, q: torch.Tensor, scale: float) -> torch.Tensor:
+        seen.append(q.shape[2])
+        return attend(layer, q, scale)
+
+    def read(chunk_tokens: int | None) -> torch.Tensor:
+        cache = cache_for(model, len(lens))
+        seen.clear()
+        logits = read_prompt(model, cache, ids, mask, chunk_tokens=chunk_tokens)
+        assert cache.seq_lens == list(lens)
+        return logits
+
+    monkeypatch.setattr(TLSLayer, "attend", spied)
     with torch.no_grad(), enabled(model):
-        want = read_prompt(model, whole, ids, mask)
-        got = read_prompt(model, chunked, ids, mask, chunk_tokens=23)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    assert chunked.seq_lens == whole.seq_lens == list(lens)
+        want = read(None)
+        assert set(seen) == {90}
+        torch.testing.assert_close(read(23), want, rtol=1e-4, atol=1e-4)
+        assert max(seen) == 23
+        # By default all rows together
+        monkeypatch.setattr(prefill, "CHUNK_TOKENS", 23 * len(lens))
+        read(None)
+    assert max(seen) == 23
+
+
+def test_generate_hands_its_chunks_on() -> None:
+    model, ids = make("llama"), prompts(90)["input_ids"]
+    forwards: list[int] = []
+    model.register_forward_pre_hook(lambda module, args: forwards.append(args[0].shape[1]))
+    tls.generate(model, ids, cache=cache_for(model, 1), max_new_tokens=1, chunk_tokens=35, compiled=False)
+    assert forwards == [35, 35, 20]
+    with pytest.raises(ValueError, match="chunk_tokens: expected more than sparse_query_tokens=16, got 16"):
+        tls.generate(model, ids, cache=cache_for(model, 1), max_new_tokens=1, chunk_tokens=16)
+
+
+@pytest.mark.parametrize(("progress", "terminal", "shown"), [
+    (None, True, True), (None, False, False), (True, False, True), (False, True, False),
+])  # fmt: skip
+def test_progress_is_shown_on_a_terminal_unless_told(
+    progress: bool | None, terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = make("llama")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(DecodeStep, "__init__", uncompiled)
+    tls.generate(
+        model, prompts(20)["input_ids"], cache=cache_for(model, 1), max_new_tokens=2, compiled=True, progress=progress
+    )
+    said = capsys.readouterr().err
+    assert ("reading the prompt" in said, "compiling the step" in said) == (shown, shown)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
