@@ -28,8 +28,22 @@ NO_WINDOW = [family for family in FAMILIES if "window" not in family]
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 
 
-def cache_for(model: Any, batch_size: int, max_len: int = 160, cfg: tls.TLSConfig = SPARSE) -> tls.TLSCache:
-    return tls.TLSCache(model.config, cfg, batch_size=batch_size, max_len=max_len)
+def cache_for(
+    model: Any, batch_size: int, max_len: int = 160, cfg: tls.TLSConfig = SPARSE, backend: Any = "auto"
+) -> tls.TLSCache:
+    return tls.TLSCache(model.config, cfg, batch_size=batch_size, max_len=max_len, backend=backend)
+
+
+def next_turn(out: torch.Tensor, inputs: dict[str, torch.Tensor], n_new: int = 5) -> dict[str, torch.Tensor]:
+    """What was said so far, ``out``, and ``n_new`` tokens more."""
+    ids, mask = torch.cat([out, inputs["input_ids"][:, -n_new:]], 1), inputs["attention_mask"]
+    ones = torch.ones_like(ids[:, mask.shape[1] :])
+    return {"input_ids": ids, "attention_mask": torch.cat([mask, ones], 1)}
+
+
+def traced(function: Any, options: Any = None, compile_: Any = torch.compile, **kwargs: Any) -> Any:
+    """In place of ``torch.compile``: traces, and generates no code."""
+    return compile_(function, backend="eager", **kwargs)
 
 
 def uncompiled(step: DecodeStep, model: Any, *args: Any) -> None:
@@ -131,8 +145,10 @@ def test_the_compiled_step_generates_the_same(family: str, lens: tuple[int, ...]
     """The second case begins dense, passes the budgets while decoding, and outgrows its fit: three kinds of step."""
     model, cfg = make(family).to(device), dataclasses.replace(SPARSE, block_shares=shares)
     inputs = {name: x.to(device) for name, x in prompts(*lens).items()}
-    want = transformers_output(model, cache_for(model, len(lens), cfg=cfg), 12, **inputs)
+    # The oracle, where "auto" would compile FlexAttention
+    theirs = cache_for(model, len(lens), cfg=cfg, backend="reference" if device == "cpu" else "auto")
     cache = cache_for(model, len(lens), cfg=cfg)
+    want = transformers_output(model, theirs, 12, **inputs)
     got = tls.generate(
         model, inputs["input_ids"], attention_mask=inputs["attention_mask"], cache=cache, max_new_tokens=12,
         compiled=True,
@@ -143,11 +159,59 @@ def test_the_compiled_step_generates_the_same(family: str, lens: tuple[int, ...]
     index: Any = cache.layers[1]
     assert index.index.seq_lens.tolist() == held
     # The next turn goes on from there
-    more = torch.cat([got, inputs["input_ids"][:, -5:]], 1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more[:, inputs["attention_mask"].shape[1] :])], 1)
-    assert tls.generate(model, more, attention_mask=mask, cache=cache, max_new_tokens=3, compiled=False).shape[1] == (
-        more.shape[1] + 3
-    )
+    more = next_turn(got, inputs, 20)
+    want = transformers_output(model, theirs, 2, **more)
+    assert torch.equal(tls.generate(model, cache=cache, max_new_tokens=2, compiled=True, **more), want)
+    assert cache.seq_lens == theirs.seq_lens
+
+
+@pytest.mark.parametrize("cfg", [FULL, SPARSE])
+@pytest.mark.parametrize("lens", [(60,), (60, 41)])
+def test_a_second_turn_goes_on_as_transformers_does(cfg: tls.TLSConfig, lens: tuple[int, ...]) -> None:
+    """What the budgets hold whole is, turn after turn, what the model says without our cache in a single pass."""
+    model, inputs = make("qwen3"), prompts(*lens)
+    theirs, ours = (cache_for(model, len(lens), cfg=cfg, backend="reference") for _ in range(2))
+    for n_turn in range(2):
+        plain = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        want = transformers_output(model, theirs, 6, **inputs)
+        got = tls.generate(model, cache=ours, max_new_tokens=6, compiled=False, **inputs)
+        assert torch.equal(got, want)
+        assert torch.equal(got, plain) is (cfg is FULL)
+        assert ours.seq_lens == [n + 5 + 11 * n_turn for n in lens]
+        inputs = next_turn(got, inputs)
+
+
+def test_a_repetition_penalty_is_that_of_transformers() -> None:
+    model, inputs = make("qwen3"), prompts(60, 41)
+    free, theirs, ours = (cache_for(model, 2, backend="reference") for _ in range(3))
+    tls.enable(model)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    unpenalised = model.generate(**inputs, past_key_values=free, **options)
+    want = model.generate(**inputs, past_key_values=theirs, repetition_penalty=1.5, **options)
+    sampling = tls.Sampling(repetition_penalty=1.5)
+    got = tls.generate(model, cache=ours, max_new_tokens=12, sampling=sampling, compiled=False, **inputs)
+    assert torch.equal(got, want)
+    assert not torch.equal(got, unpenalised)
+
+
+def test_passing_the_budgets_compiles_one_more_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for a cache; the budgets hold 32 tokens."""
+    monkeypatch.setattr(torch, "compile", traced)
+    model = make("llama")
+    cache = cache_for(model, 1)
+
+    def graphs(n_prompt: int, n_new: int) -> int:
+        counts = torch._dynamo.utils.counters["stats"]
+        before = counts["unique_graphs"]
+        cache.reset()
+        ids = prompts(n_prompt)["input_ids"]
+        tls.generate(model, ids, cache=cache, max_new_tokens=n_new, compiled=True)
+        return int(counts["unique_graphs"] - before)
+
+    assert graphs(24, 2) == 1
+    # The last of its three steps is the first of 33 tokens
+    assert graphs(30, 4) == 1
+    assert graphs(30, 4) == 0
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -194,11 +258,6 @@ def test_a_later_turn_and_another_prompt_compile_nothing(device: str, capfd: pyt
 
 def test_ten_caches_in_one_process_compile_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo gives up on a code object after eight compilations: each step needs its own."""
-    compile_ = torch.compile
-
-    def traced(function: Any, options: Any = None, **kwargs: Any) -> Any:
-        return compile_(function, backend="eager", **kwargs)
-
     monkeypatch.setattr(torch, "compile", traced)
     model, ids = make("llama"), prompts(9)["input_ids"]
     for i in range(10):
@@ -272,9 +331,9 @@ def test_streamers_of_transformers_say_what_they_say_there(
         return text
 
     def theirs(streamer: Any) -> torch.Tensor:
-        return transformers_output(model, cache_for(model, 1), 8, **inputs, streamer=streamer)
+        return transformers_output(model, cache_for(model, 1, backend="reference"), 8, **inputs, streamer=streamer)
 
-    cache = cache_for(model, 1)
+    cache = cache_for(model, 1, backend="auto" if compiled else "reference")
 
     def ours(streamer: Any) -> torch.Tensor:
         cache.reset()
