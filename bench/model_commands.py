@@ -1,4 +1,4 @@
-"""The benches of whole models on the command line: ``run decode``, ``run prefill``, ``plot decode``."""
+"""The benches of whole models on the command line: ``run decode``, ``run prefill``, ``run first-token``, ...."""
 
 from __future__ import annotations
 
@@ -46,7 +46,13 @@ def add(run: Any, plot: Any) -> None:
     throughput.add_argument("--runs", type=int, default=20, help="samples per provider and case, at least 2")
     throughput.add_argument("--out", type=Path, default=RESULTS / "offload.jsonl")
     throughput.set_defaults(command=run_throughput, resume=False, seconds=None)
-    for parser in (decode, prefill, throughput):
+    first = run.add_parser("first-token", help="until the compiled step's first token, in fresh processes")
+    first.add_argument("--contexts", type=options.numbers, default=[98304], help="tokens of the prompt: 8192,98304")
+    first.add_argument("--batch", type=options.numbers, default=[1], help="batch sizes: 1,2,4")
+    first.add_argument("--tuned", action="store_true", help="with Inductor's coordinate_descent_tuning")
+    first.add_argument("--out", type=Path, default=RESULTS / "first-token.jsonl")
+    first.set_defaults(command=run_first_token)
+    for parser in (decode, prefill, throughput, first):
         parser.add_argument("--model", choices=tuple(SIZES), default="qwen3-8b")
         parser.add_argument("--layers", type=int, help="fewer layers than the model has, to save time")
         parser.add_argument("--block-budget", type=int, default=8192)
@@ -136,6 +142,13 @@ def run_prefill(args: argparse.Namespace) -> int:
             _release()
             run.end()
     return run.report()
+
+
+def run_first_token(args: argparse.Namespace) -> int:
+    """Measure the wait before the compiled step's first token."""
+    from .first_token import run
+
+    return run(args)
 
 
 def run_throughput(args: argparse.Namespace) -> int:

@@ -141,6 +141,21 @@ class ModelRow(Measured):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstTokenRow(Measured):
+    """Seconds from calling ``tls.generate`` to a token. ``provider``: "cold" or "warm" caches of compiled code."""
+
+    n_layers: int
+    context: int
+    block_budget: int
+    token_budget: int | None
+    dtype: str
+    # To the token after the prompt, which no compiled step brings
+    prompt_seconds: float
+    # To the first token of the compiled step
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StageRow(Measured):
     """Where the time of one decode step goes, by the profiler."""
 

@@ -42,6 +42,8 @@ class LayerPlan:
         sparse: two-level attention; else full.
         why: what decided.
         kept_tokens: tokens that a query token attends to, per KV head.
+        block_budget: tokens of the blocks that level 1 keeps, out of which ``kept_tokens`` are; None if not sparse.
+        index_nbytes: bytes of each of the layers' index, 0 where it has none.
         backend: what ``model.generate`` runs: ``"sdpa"`` or a backend of two-level attention; None: nothing can.
         kernels: Triton kernels that the compiled step runs, in order; empty if it cannot run.
     """
@@ -50,6 +52,8 @@ class LayerPlan:
     sparse: bool
     why: str
     kept_tokens: int
+    block_budget: int | None
+    index_nbytes: int
     backend: str | None
     kernels: tuple[str, ...]
 
@@ -113,7 +117,7 @@ class Explanation:
     @property
     def table(self) -> list[tuple[str, ...]]:
         """One line for every plan, below a line of names."""
-        names = ("layers", "attention", "tokens", "model.generate", "compiled step", "why")
+        names = ("layers", "attention", "block budget", "tokens", "index", "model.generate", "compiled step", "why")
         return [names, *(self._line(plan) for plan in self.plans)]
 
     def __str__(self) -> str:
@@ -127,7 +131,9 @@ class Explanation:
         return (
             str(first) if first == last else f"{first}-{last}",
             "two-level" if plan.sparse else "full",
+            "-" if plan.block_budget is None else f"{plan.block_budget:,}",
             f"{plan.kept_tokens:,}",
+            _gb(plan.index_nbytes) if plan.index_nbytes else "-",
             plan.backend or "cannot run",
             " ".join(plan.kernels) or "-",
             plan.why,
@@ -201,8 +207,20 @@ def _plan(layer: TLSLayer, cache: TLSCache, context: int, device: torch.device, 
         if cache.offload_config is not None and cache.offload_config.may_wait:
             kernels += (STAMP, STAMP, ATTEND_ARRIVED)
     return LayerPlan(
-        (layer.layer_idx,), sparse, why, cfg.held_tokens if sparse else reach, runs, kernels if compiled else ()
+        layers=(layer.layer_idx,),
+        sparse=sparse,
+        why=why,
+        kept_tokens=cfg.held_tokens if sparse else reach,
+        block_budget=cfg.kept_blocks * cfg.block_size if sparse else None,
+        index_nbytes=0 if cfg.is_dense(layer.layer_idx) else _index_nbytes(cache),
+        backend=runs,
+        kernels=kernels if compiled else (),
     )
+
+
+def _index_nbytes(cache: TLSCache) -> int:
+    """Bytes of one layer's index: those that have one have the same."""
+    return cache.index_nbytes // sum(not cache.cfg.is_dense(i) for i in range(cache.shape.n_layers))
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 CLOCK_SECONDS = 0.5
+
+
+def is_shown(progress: bool | None) -> bool:
+    """Whether to show anything; None: if stderr is a terminal."""
+    return sys.stderr.isatty() if progress is None else progress
 
 
 def bar(what: str, total: int, unit: str, shown: bool) -> Any:

@@ -7,7 +7,6 @@ between two steps: which step, whether the index is fitted anew, whether there i
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..cache import TLSCache
 from ..capture import captured
+from ..notice import is_shown
 from ..step import DecodeStep, why_not_compiled
 
 # What ``generate`` passes for a token. Whatever else is asked for (hidden states, say), the model's own forward gives
@@ -97,7 +97,7 @@ class _Replays:
         step = DecodeStep.of(self.model, self.cache, sparse, self.options)
 
         def run() -> None:
-            self.logits = step(self.token, self.start, sys.stderr.isatty())
+            self.logits = step(self.token, self.start, is_shown(None))
             self.start += 1
 
         if not self.token.is_cuda:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import flex_tls as tls
-from bench import decode, rows
+from bench import decode, first_token, rows
 from bench.__main__ import main
 from bench.model_plots import draw_all, table
 from bench.models import random_model, weight_bytes
@@ -65,6 +66,31 @@ def test_prompts_are_read_by_both(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(row.bench == "prefill" and row.tokens_per_second > 0 for row in found)
     assert main([*run, "--providers", "ours"]) == 2
     assert "expected transformers_sdpa, ours[CHUNK]" in capsys.readouterr().err
+
+
+def test_the_first_token_is_timed_in_fresh_processes_that_share_their_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first finds its caches empty and leaves them full for the second."""
+    out, found_full = tmp_path / "first.jsonl", []
+    fresh = first_token._in_fresh_process
+
+    def watched(asked: str, caches: Path) -> dict[str, Any]:
+        found_full.append((caches / "inductor").exists())
+        return fresh(asked, caches)
+
+    monkeypatch.setattr(first_token, "_in_fresh_process", watched)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    run = ["run", "first-token", "--model", "tiny", "--device", "cpu", "--commit", "abc"]
+    run += ["--contexts", "70", "--layers", "1"]
+    assert main([*run, "--out", str(out)]) == 0
+    assert found_full == [False, True]
+    found = rows.read(out, rows.FirstTokenRow)
+    assert [(row.provider, row.n_layers, row.context) for row in found] == [("cold", 1, 70), ("warm", 1, 70)]
+    assert all(0 < row.prompt_seconds < row.seconds for row in found)
+    monkeypatch.setattr(sys, "executable", "false")
+    assert main([*run, "--out", str(out)]) == 2
+    assert "the measuring process ended with 1" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

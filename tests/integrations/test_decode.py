@@ -2,15 +2,21 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TextIteratorStreamer, TextStreamer
 
 import flex_tls as tls
+from flex_tls import prefill
+from flex_tls.cache_layer import TLSLayer
+from flex_tls.decode import DecodeStep
 from flex_tls.integrations.huggingface import enabled
 from flex_tls.prefill import read_prompt
 from flex_tls.record import Recorder
@@ -22,8 +28,28 @@ NO_WINDOW = [family for family in FAMILIES if "window" not in family]
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 
 
-def cache_for(model: Any, batch_size: int, max_len: int = 160, cfg: tls.TLSConfig = SPARSE) -> tls.TLSCache:
-    return tls.TLSCache(model.config, cfg, batch_size=batch_size, max_len=max_len)
+def cache_for(
+    model: Any, batch_size: int, max_len: int = 160, cfg: tls.TLSConfig = SPARSE, backend: Any = "auto"
+) -> tls.TLSCache:
+    return tls.TLSCache(model.config, cfg, batch_size=batch_size, max_len=max_len, backend=backend)
+
+
+def next_turn(out: torch.Tensor, inputs: dict[str, torch.Tensor], n_new: int = 5) -> dict[str, torch.Tensor]:
+    """What was said so far, ``out``, and ``n_new`` tokens more."""
+    ids, mask = torch.cat([out, inputs["input_ids"][:, -n_new:]], 1), inputs["attention_mask"]
+    ones = torch.ones_like(ids[:, mask.shape[1] :])
+    return {"input_ids": ids, "attention_mask": torch.cat([mask, ones], 1)}
+
+
+def traced(function: Any, options: Any = None, compile_: Any = torch.compile, **kwargs: Any) -> Any:
+    """In place of ``torch.compile``: traces, and generates no code."""
+    return compile_(function, backend="eager", **kwargs)
+
+
+def uncompiled(step: DecodeStep, model: Any, *args: Any) -> None:
+    """In place of ``DecodeStep.__init__``: a step that gives the same logits, whatever it is asked."""
+    step.has_run = False
+    step.forward = lambda token, start: torch.zeros(token.shape[0], model.config.vocab_size)
 
 
 def transformers_output(model: Any, cache: tls.TLSCache, n: int, **inputs: Any) -> torch.Tensor:
@@ -52,16 +78,64 @@ def test_greedy_is_what_transformers_generates(family: str, lens: tuple[int, ...
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral, window"])
-@pytest.mark.parametrize("lens", [(90, 90), (90, 41, 7)])
-def test_a_prompt_read_in_chunks_is_the_prompt(family: str, lens: tuple[int, ...]) -> None:
-    model, inputs = make(family), prompts(*lens)
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    whole, chunked = cache_for(model, len(lens)), cache_for(model, len(lens))
+@pytest.mark.parametrize("lens", [(90, 90), (90, 41, 7), (60, 7)])
+def test_a_prompt_read_in_chunks_is_the_prompt(
+    family: str, lens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it is padded, no forward sees more than a chunk: that bounds its memory."""
+    model, inputs = make(family), prompts(90, *lens)
+    ids, mask = inputs["input_ids"][1:], inputs["attention_mask"][1:]
+    seen: list[int] = []
+    attend = TLSLayer.attend
+
+    def spied(layer: TLSLayer, q: torch.Tensor, scale: float) -> torch.Tensor:
+        seen.append(q.shape[2])
+        return attend(layer, q, scale)
+
+    def read(chunk_tokens: int | None) -> torch.Tensor:
+        cache = cache_for(model, len(lens))
+        seen.clear()
+        logits = read_prompt(model, cache, ids, mask, chunk_tokens=chunk_tokens)
+        assert cache.seq_lens == list(lens)
+        return logits
+
+    monkeypatch.setattr(TLSLayer, "attend", spied)
     with torch.no_grad(), enabled(model):
-        want = read_prompt(model, whole, ids, mask)
-        got = read_prompt(model, chunked, ids, mask, chunk_tokens=23)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    assert chunked.seq_lens == whole.seq_lens == list(lens)
+        want = read(None)
+        assert set(seen) == {90}
+        torch.testing.assert_close(read(23), want, rtol=1e-4, atol=1e-4)
+        assert max(seen) == 23
+        # By default all rows together
+        monkeypatch.setattr(prefill, "CHUNK_TOKENS", 23 * len(lens))
+        read(None)
+    assert max(seen) == 23
+
+
+def test_generate_hands_its_chunks_on() -> None:
+    model, ids = make("llama"), prompts(90)["input_ids"]
+    forwards: list[int] = []
+    model.register_forward_pre_hook(lambda module, args: forwards.append(args[0].shape[1]))
+    tls.generate(model, ids, cache=cache_for(model, 1), max_new_tokens=1, chunk_tokens=35, compiled=False)
+    assert forwards == [35, 35, 20]
+    with pytest.raises(ValueError, match="chunk_tokens: expected more than sparse_query_tokens=16, got 16"):
+        tls.generate(model, ids, cache=cache_for(model, 1), max_new_tokens=1, chunk_tokens=16)
+
+
+@pytest.mark.parametrize(("progress", "terminal", "shown"), [
+    (None, True, True), (None, False, False), (True, False, True), (False, True, False),
+])  # fmt: skip
+def test_progress_is_shown_on_a_terminal_unless_told(
+    progress: bool | None, terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = make("llama")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(DecodeStep, "__init__", uncompiled)
+    tls.generate(
+        model, prompts(20)["input_ids"], cache=cache_for(model, 1), max_new_tokens=2, compiled=True, progress=progress
+    )
+    said = capsys.readouterr().err
+    assert ("reading the prompt" in said, "compiling the step" in said) == (shown, shown)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -73,8 +147,10 @@ def test_the_compiled_step_generates_the_same(family: str, lens: tuple[int, ...]
     """The second case begins dense, passes the budgets while decoding, and outgrows its fit: three kinds of step."""
     model, cfg = make(family).to(device), dataclasses.replace(SPARSE, block_shares=shares)
     inputs = {name: x.to(device) for name, x in prompts(*lens).items()}
-    want = transformers_output(model, cache_for(model, len(lens), cfg=cfg), 12, **inputs)
+    # The oracle, where "auto" would compile FlexAttention
+    theirs = cache_for(model, len(lens), cfg=cfg, backend="reference" if device == "cpu" else "auto")
     cache = cache_for(model, len(lens), cfg=cfg)
+    want = transformers_output(model, theirs, 12, **inputs)
     got = tls.generate(
         model, inputs["input_ids"], attention_mask=inputs["attention_mask"], cache=cache, max_new_tokens=12,
         compiled=True,
@@ -85,11 +161,59 @@ def test_the_compiled_step_generates_the_same(family: str, lens: tuple[int, ...]
     index: Any = cache.layers[1]
     assert index.index.seq_lens.tolist() == held
     # The next turn goes on from there
-    more = torch.cat([got, inputs["input_ids"][:, -5:]], 1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more[:, inputs["attention_mask"].shape[1] :])], 1)
-    assert tls.generate(model, more, attention_mask=mask, cache=cache, max_new_tokens=3, compiled=False).shape[1] == (
-        more.shape[1] + 3
-    )
+    more = next_turn(got, inputs, 20)
+    want = transformers_output(model, theirs, 2, **more)
+    assert torch.equal(tls.generate(model, cache=cache, max_new_tokens=2, compiled=True, **more), want)
+    assert cache.seq_lens == theirs.seq_lens
+
+
+@pytest.mark.parametrize("cfg", [FULL, SPARSE])
+@pytest.mark.parametrize("lens", [(60,), (60, 41)])
+def test_a_second_turn_goes_on_as_transformers_does(cfg: tls.TLSConfig, lens: tuple[int, ...]) -> None:
+    """What the budgets hold whole is, turn after turn, what the model says without our cache in a single pass."""
+    model, inputs = make("qwen3"), prompts(*lens)
+    theirs, ours = (cache_for(model, len(lens), cfg=cfg, backend="reference") for _ in range(2))
+    for n_turn in range(2):
+        plain = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        want = transformers_output(model, theirs, 6, **inputs)
+        got = tls.generate(model, cache=ours, max_new_tokens=6, compiled=False, **inputs)
+        assert torch.equal(got, want)
+        assert torch.equal(got, plain) is (cfg is FULL)
+        assert ours.seq_lens == [n + 5 + 11 * n_turn for n in lens]
+        inputs = next_turn(got, inputs)
+
+
+def test_a_repetition_penalty_is_that_of_transformers() -> None:
+    model, inputs = make("qwen3"), prompts(60, 41)
+    free, theirs, ours = (cache_for(model, 2, backend="reference") for _ in range(3))
+    tls.enable(model)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    unpenalised = model.generate(**inputs, past_key_values=free, **options)
+    want = model.generate(**inputs, past_key_values=theirs, repetition_penalty=1.5, **options)
+    sampling = tls.Sampling(repetition_penalty=1.5)
+    got = tls.generate(model, cache=ours, max_new_tokens=12, sampling=sampling, compiled=False, **inputs)
+    assert torch.equal(got, want)
+    assert not torch.equal(got, unpenalised)
+
+
+def test_passing_the_budgets_compiles_one_more_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for a cache; the budgets hold 32 tokens."""
+    monkeypatch.setattr(torch, "compile", traced)
+    model = make("llama")
+    cache = cache_for(model, 1)
+
+    def graphs(n_prompt: int, n_new: int) -> int:
+        counts = torch._dynamo.utils.counters["stats"]
+        before = counts["unique_graphs"]
+        cache.reset()
+        ids = prompts(n_prompt)["input_ids"]
+        tls.generate(model, ids, cache=cache, max_new_tokens=n_new, compiled=True)
+        return int(counts["unique_graphs"] - before)
+
+    assert graphs(24, 2) == 1
+    # The last of its three steps is the first of 33 tokens
+    assert graphs(30, 4) == 1
+    assert graphs(30, 4) == 0
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -136,11 +260,6 @@ def test_a_later_turn_and_another_prompt_compile_nothing(device: str, capfd: pyt
 
 def test_ten_caches_in_one_process_compile_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo gives up on a code object after eight compilations: each step needs its own."""
-    compile_ = torch.compile
-
-    def traced(function: Any, options: Any = None, **kwargs: Any) -> Any:
-        return compile_(function, backend="eager", **kwargs)
-
     monkeypatch.setattr(torch, "compile", traced)
     model, ids = make("llama"), prompts(9)["input_ids"]
     for i in range(10):
@@ -196,30 +315,63 @@ def test_stop_strings_end_rows_where_transformers_ends_them(lens: tuple[int, ...
     assert (ours.seq_lens, ours.get_seq_length()) == (theirs.seq_lens, theirs.get_seq_length())
 
 
-def test_streamer_and_seed() -> None:
-    model, inputs = make("llama"), prompts(30)
+@pytest.mark.parametrize(("skip_prompt", "compiled"), [(True, False), (True, True), (False, False)])
+def test_streamers_of_transformers_say_what_they_say_there(
+    skip_prompt: bool, compiled: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, inputs, words = make("llama"), prompts(30), tokenizer()
+
+    def streams(generate: Callable[[Any], torch.Tensor]) -> str:
+        pieces = TextIteratorStreamer(words, skip_prompt=skip_prompt)
+        generate(pieces)
+        capsys.readouterr()
+        out = generate(TextStreamer(words, skip_prompt=skip_prompt))
+        text = words.decode(out[0, 30 if skip_prompt else 0 :])
+        printed = capsys.readouterr().out
+        assert printed == f"{text}\n"
+        assert "".join(pieces) == text
+        return text
+
+    def theirs(streamer: Any) -> torch.Tensor:
+        return transformers_output(model, cache_for(model, 1, backend="reference"), 8, **inputs, streamer=streamer)
+
+    cache = cache_for(model, 1, backend="auto" if compiled else "reference")
+
+    def ours(streamer: Any) -> torch.Tensor:
+        cache.reset()
+        return tls.generate(
+            model, inputs["input_ids"], cache=cache, max_new_tokens=8, streamer=streamer, compiled=compiled
+        )
+
+    assert streams(ours) == streams(theirs)
+
+
+def test_a_streamer_gets_the_prompt_then_every_token_and_a_seed_repeats_them() -> None:
+    model, ids = make("llama"), prompts(30)["input_ids"]
 
     class Streamer:
         def __init__(self) -> None:
-            self.tokens: list[int] = []
+            self.got: list[list[Any]] = []
             self.ended = False
 
         def put(self, value: torch.Tensor) -> None:
-            self.tokens += value.tolist()
+            self.got.append(value.tolist())
 
         def end(self) -> None:
             self.ended = True
 
     def run(seed: int, streamer: Streamer | None = None) -> list[int]:
         out = tls.generate(
-            model, inputs["input_ids"], cache=cache_for(model, 1), max_new_tokens=8, seed=seed, streamer=streamer,
+            model, ids, cache=cache_for(model, 1), max_new_tokens=8, seed=seed, streamer=streamer,
             sampling=tls.Sampling(temperature=1.5), compiled=False,
         )  # fmt: skip
         tokens: list[int] = out[0, 30:].tolist()
         return tokens
 
     streamer = Streamer()
-    assert run(1, streamer) == run(1) == streamer.tokens
+    tokens = run(1, streamer)
+    assert run(1) == tokens
+    assert streamer.got == [ids.tolist(), *([token] for token in tokens)]
     assert streamer.ended
     assert len({tuple(run(seed)) for seed in range(4)}) > 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from dataclasses import replace
 from typing import Any
@@ -56,7 +57,7 @@ def test_the_text_says_what_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(WINDOWED)
     text = str(tls.explain(model, cache_for(model), context_tokens=36))
     assert "compiled: the compiled step has no sliding windows" in text
-    assert "0       full       36      sdpa" in text
+    assert "0       full       -             36      -        sdpa" in text
     assert "dense_layers=1: this layer stays dense" in text
     assert "36 tokens in sight, the budgets hold 32" in text
     assert "not triton: it takes no score_mod and no mask_mod" in text
@@ -64,9 +65,22 @@ def test_the_text_says_what_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(explanation, "why_not_compiled", lambda cache, device: None)
     explained = tls.explain(model, cache_for(model))
     assert [plan.layers for plan in explained.plans] == [(0,), (1, 2)]
-    assert "1-2     two-level  32" in str(explained)
+    index = f"{explained.index_nbytes / 2e6:.2f} MB"
+    assert f"1-2     two-level  48            32      {index}" in str(explained)
     assert "compiled: tls.generate runs one graph a step" in str(explained)
     assert (explained.kv_nbytes, explained.index_nbytes) == (3 * 2 * 2 * 160 * 16 * 4, cache_for(model).index_nbytes)
+
+
+@pytest.mark.parametrize("index", ["lowrank", "box"])
+def test_each_layer_s_index_bytes_and_block_budget_are_what_it_has(index: Any) -> None:
+    model = make("llama")
+    cfg = dataclasses.replace(SPARSE, index=index, block_shares=(1.0, 1.0, 2.0))
+    cache = tls.TLSCache(model.config, cfg, max_len=160, dtype=torch.float32, device="cpu")
+    plans = tls.explain(model, cache).plans
+    assert [(plan.layers, plan.block_budget) for plan in plans] == [((0,), None), ((1,), 48), ((2,), 96)]
+    held = [0 if layer.index is None else layer.index.nbytes for layer in cache.tls_layers]
+    assert held[1] > 0
+    assert [plan.index_nbytes for plan in plans] == held
 
 
 def test_a_backend_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
