@@ -12,7 +12,7 @@ import torch
 
 from bench import rows, timing
 from bench.__main__ import main
-from bench.cases import CASES
+from bench.cases import CASES, dry
 from bench.timing import Recording, Spread
 
 pytest.importorskip("triton")
@@ -134,7 +134,7 @@ def test_every_candidate_on_an_h100_can_be_launched(name: str) -> None:
 
 @interpreted
 def test_a_wrong_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = tune.dry(CASES["tiniest"])
+    case = dry(CASES["tiniest"])
     sets = tune.make_inputs(case, CPU, 1)
     default = rule(2, head_bytes=64, rows=1)._replace(programs=1)
     base = tune.prepare(case, sets, CPU, default, None)
