@@ -18,7 +18,7 @@ from ._code import with_own_code
 from .cache import TLSCache
 from .cache_layer import TLSLayer
 from .capture import captured
-from .device import why_not_here
+from .device import to_host, why_not_here
 from .fused import why_not_configured
 from .integrations.huggingface import STEP, enabled, end_of_sequence_ids
 from .lookup import lookup_steps
@@ -139,8 +139,11 @@ class _Step:
 
     is_compileable = True
 
-    def __init__(self, layers: list[TLSLayer], start: Tensor, arrivals: Tensor, sparse: bool) -> None:
+    def __init__(
+        self, layers: list[TLSLayer], start: Tensor, arrivals: Tensor, sparse: bool, queries: list[Tensor]
+    ) -> None:
         self.layers, self.start, self.arrivals, self.sparse = layers, start, arrivals, sparse
+        self.queries = queries
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The new keys and values themselves: :meth:`attend` writes them."""
@@ -151,7 +154,9 @@ class _Step:
         return 0
 
     def attend(self, layer: TLSLayer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Write and attend: [B, HQ, 1, D]."""
+        """Write and attend: [B, HQ, 1, D]; keeps the queries for an audit."""
+        if self.queries:
+            self.queries[layer.layer_idx].copy_(q)
         return layer.decode(q, k, v, self.start, scale=scale, sparse=self.sparse, arrivals=self.arrivals)
 
 
@@ -164,6 +169,7 @@ class Loop:
         ended: bool [B], rows that ended.
         report: int64 [2, B], what the host reads of a step: its token, and whether the row has ended.
         seen: bool [B, V], tokens that occurred; None unless sampling asks for it.
+        queries: [B, HQ, 1, D] a layer, of the last compiled step; empty unless the cache is audited.
     """
 
     def __init__(
@@ -183,6 +189,7 @@ class Loop:
         choices = [pad_token_id, own if isinstance(own, int) else None, *first, 0]
         self.pad: int = next(x for x in choices if x is not None)
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        self.queries: list[Tensor] = []
         self.seen: Tensor | None = None
         if self.sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(b, model.config.vocab_size, dtype=torch.bool, device=device)
@@ -199,8 +206,12 @@ class Loop:
             yield self.report.to("cpu", copy=True)
 
     def compiled_steps(self, n: int) -> Generator[Tensor, None, None]:
-        """As :meth:`eager_steps`, compiled; on CUDA the host is up to LAG steps behind the device."""
-        cache, cfg = self.cache, self.cache.cfg
+        """As :meth:`eager_steps`, compiled; on CUDA the host is up to LAG steps behind the device.
+
+        An audit is no part of the step: it follows one, of which it needs one layer's queries. Steps that ran ahead of
+        the end are audited too.
+        """
+        cache, cfg, auditor = self.cache, self.cache.cfg, self.cache.auditor
         cache.fit_where_due()
         if n and not cache.prepare():
             # The next step waits for all that it selects
@@ -223,10 +234,16 @@ class Loop:
                         refit_at = cache.refit_at_tokens
                     if run is None or now_sparse != sparse:
                         run, sparse = self.build(now_sparse), now_sparse
+                    if auditor is not None:
+                        auditor.count_step()
                     run()
                     done += 1
                     longest += 1
-                    waiting.append(_to_host(self.report))
+                    waiting.append(to_host(self.report))
+                    if auditor is not None and auditor.due is not None and sparse:
+                        cache.advance(done - counted)
+                        counted = done
+                        cache.audit(self.queries)
                 if done == n or len(waiting) > LAG:
                     report, event = waiting.pop(0)
                     if event is not None:
@@ -248,6 +265,7 @@ class Loop:
     def build(self, sparse: bool) -> Callable[[], None]:
         """A function that runs one step: compiled, and on CUDA one graph replay."""
         step = DecodeStep.of(self.model, self.cache, sparse, self.options)
+        self.queries = step.queries
 
         def run() -> None:
             self.next(step(self.token, self.start, self.progress))
@@ -262,16 +280,23 @@ class Loop:
 class DecodeStep:
     """One forward of ``model`` over its cache, compiled whole: (token int64 [B, 1], start int64 [B]) -> logits [B, V].
 
-    ``start``: tokens that each row holds. Writes keys, values and labels at that place, and counts nothing.
+    ``start``: tokens that each row holds. Writes keys, values and labels at that place, and counts nothing. If the
+    cache is audited, ``queries`` are each layer's, [B, HQ, 1, D], after every call.
     """
 
     def __init__(self, model: Any, cache: TLSCache, sparse: bool, options: Mapping[str, Any] | None = None) -> None:
         layers = cache.tls_layers
         rows = cache.batch_size * cache.shape.n_kv_heads
-        arrivals = torch.zeros(rows, dtype=torch.int32, device=next(model.parameters()).device)
+        device = next(model.parameters()).device
+        arrivals = torch.zeros(rows, dtype=torch.int32, device=device)
+        queries: list[Tensor] = []
+        if cache.auditor is not None and sparse:
+            shape = (cache.batch_size, model.config.num_attention_heads, 1, cache.shape.head_dim)
+            queries = [torch.zeros(shape, dtype=cache.dtype, device=device) for _ in layers]
+        self.queries = queries
 
         def forward(token: Tensor, start: Tensor) -> Tensor:
-            step = _Step(layers, start, arrivals, sparse)
+            step = _Step(layers, start, arrivals, sparse, queries)
             out = model(
                 token, position_ids=start[:, None], past_key_values=step, use_cache=True, logits_to_keep=1,
                 **{STEP: step},
@@ -314,8 +339,8 @@ def why_not_compiled(cache: TLSCache, device: torch.device) -> str | None:
         return f"the compiled step moves blocks by a kernel, transfer='kernel', got {cache.offload_config.transfer!r}"
     if any(layer.window is not None for layer in cache.tls_layers):
         return "the compiled step has no sliding windows, which this model's layers have"
-    if cache.auditor is not None:
-        return "the compiled step compares no selection with its true attention, which audit_every asks for"
+    if cache.auditor is not None and cache.auditor.on_drift != "report":
+        return f"the compiled step keeps its budgets, on_drift='report', got {cache.auditor.on_drift!r}"
     return why_not_here(device)
 
 
@@ -336,14 +361,3 @@ def _check_drafts(n: int, cache: TLSCache) -> None:
         )
     if n and cache.batch_size != 1:
         raise ValueError(f"prompt_lookup_tokens: expected a cache of one row, got batch_size={cache.batch_size}")
-
-
-def _to_host(report: Tensor) -> tuple[Tensor, Any]:
-    """A copy on the host, and the event that says when it has arrived."""
-    if not report.is_cuda:
-        return report.clone(), None
-    copy = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
-    copy.copy_(report, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call,unused-ignore]
-    event.record()
-    return copy, event
