@@ -20,11 +20,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .. import __version__
 from ..attention import Backend, check_backend
 from ..evaluate import rows
+from ..evaluate.documents import Document, library_files, read_dataset, read_documents
 from ..evaluate.methods import Method
 from ..evaluate.sets import make_methods
 from .options import config, load_model, scale_rope
 from .report import hardware
 
+Texts = Annotated[
+    list[Path] | None,
+    typer.Argument(exists=True, help="Texts, or folders of them; Python's standard library by default."),
+]
+Documents = Annotated[int, typer.Option(min=1, help="Texts to read, at most.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="In place of files, NAME or NAME:CONFIG of a Hugging Face data set, or a folder; streamed."),
+]
+Split = Annotated[str, typer.Option(help="Of --dataset.")]
+Column = Annotated[str, typer.Option(help="Of --dataset: where its texts are.")]
 ModelName = Annotated[
     str | None, typer.Option("--model", help="Folder, hub id or GGUF file; SmolLM2-135M-Instruct by default.")
 ]
@@ -100,6 +112,17 @@ def load_for_rows(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
     return model, tokenizer, origin
+
+
+def read_texts(
+    files: list[Path] | None, dataset: str | None, split: str, column: str, tokenizer: Any, length: int, limit: int
+) -> list[Document]:
+    """The texts that the options ask for, each cut to ``length`` tokens."""
+    if dataset is None:
+        return read_documents(files or library_files(), tokenizer, length, limit)
+    if files:
+        raise ValueError(f"--dataset: expected it or files, got {dataset!r} and {len(files)} of them")
+    return read_dataset(dataset, tokenizer, length, limit, split=split, column=column)
 
 
 def as_backend(name: str) -> Backend:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -131,6 +133,30 @@ def test_budgets_over_the_whole_context_lose_nothing(model_folder: Path, texts: 
         assert isinstance(row, rows.PplRow)
         assert math.isclose(row.kl, 0, abs_tol=1e-6)
         assert row.agreement == 1
+
+
+def test_texts_of_a_data_set_are_scored_as_those_of_files(
+    model_folder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = ModuleType("datasets")
+
+    def load_dataset(path: str, config: str | None, **options: Any) -> list[dict[str, str]]:
+        assert (path, config, options) == ("me/books", "old", {"split": "test", "streaming": True})
+        return [{"body": path.read_text()} for path in sorted(texts.iterdir())]
+
+    library.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    options = ["--model", model_folder, "--context-tokens", "320", "--score-tokens", "2", *BUDGETS, "--documents", "2"]
+    options += ["--methods", "ours"]
+    dataset = ["--dataset", "me/books:old", "--split", "test", "--text-column", "body"]
+    run("ppl", texts, *options, "--out", tmp_path / "files.jsonl")
+    run("ppl", *dataset, *options, "--out", tmp_path / "dataset.jsonl")
+    files, found = (rows.read(tmp_path / f"{name}.jsonl") for name in ("files", "dataset"))
+    assert [row.key for row in found] == [row.key for row in files]
+    assert {row.document for row in found if isinstance(row, rows.PplRow)} == {
+        "me/books:old/test/0", "me/books:old/test/1",
+    }  # fmt: skip
+    assert "--dataset: expected it or files" in failed("ppl", texts, *dataset, *options)
 
 
 def test_what_cannot_be_evaluated_says_why(model_folder: Path, texts: Path, tmp_path: Path) -> None:
