@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from ..evaluate import rows
-from ..evaluate.methods import Method
+from ..evaluate.methods import DENSE, Method
 from ..evaluate.perplexity import score_documents
 from ..evaluate.summary import summarise_ppl
 from .evaluate_attention import attention
@@ -96,11 +96,14 @@ def ppl(
         def is_missing(digest: str, method: Method) -> bool:
             return key(digest, method) not in seen
 
-        todo = []
+        dense, todo = Method(DENSE, None), []
         for start in range(0, len(texts), batch):
             group = texts[start : start + batch]
             missing = [m for m in chosen if any(is_missing(x.digest, m) for x in group)]
             if missing:
+                if all(m.cfg is not None for m in missing) and any(is_missing(x.digest, dense) for x in group):
+                    # It runs anyway: what it said is kept
+                    missing.insert(0, dense)
                 todo.append((group, missing))
         passes = sum(1 + sum(m.cfg is not None for m in missing) for _, missing in todo)
         with progress_bar(console, passes * -(-score_tokens // step_tokens)) as advance:

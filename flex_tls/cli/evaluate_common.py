@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -110,6 +111,9 @@ def load_for_rows(
         transformers=importlib.metadata.version("transformers"),
         commit=_commit() if commit is None else commit,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        python=str(machine["python"]),
+        triton=importlib.metadata.version("triton") if find_spec("triton") else "",
+        driver=_driver() if model.device.type == "cuda" else "",
     )
     return model, tokenizer, origin
 
@@ -145,6 +149,15 @@ def _commit() -> str:
         return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def _driver() -> str:
+    """The GPU driver's version; "" where its tool is missing, as in some containers."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.partition("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def write_summary(path: Path | None, lines: Sequence[Any]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -62,6 +63,14 @@ def test_perplexity_of_every_method_with_rows_summary_and_picture(
         assert row.kl > 0 if row.config else row.kl == 0
         assert 0 <= row.agreement <= 1
         assert row.transformers
+        assert row.python == platform.python_version()
+        if row.config is None:
+            assert row.top1 is not None
+            assert row.log_p is not None
+            assert (len(row.top1), len(row.log_p)) == (2, 2)
+            assert -sum(row.log_p) / 2 == pytest.approx(row.nll, rel=1e-5)
+        else:
+            assert row.top1 is row.log_p is None
     lines = json.loads(summary.read_text())["results"]
     assert {line["n_documents"] for line in lines} == {2}
     assert all(line["kl"]["low"] <= line["kl"]["mean"] <= line["kl"]["high"] for line in lines)
@@ -92,7 +101,8 @@ def test_what_was_measured_is_not_measured_again(
     assert len(asked) == 1
     # One more document, one more method
     run(*options, "--documents", "3", "--methods", "ours,window")
-    assert asked[1:] == [(2, ["window", "window"]), (1, ["ours", "window", "ours", "window"])]
+    # Dense attention runs in any case: what it said of the new document is kept
+    assert asked[1:] == [(2, ["window", "window"]), (1, ["dense", "ours", "window", "ours", "window"])]
     assert rows.read(out)[: len(first)] == first
     keys = [row.key for row in rows.read(out)]
     assert len(set(keys)) == len(keys)
