@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .config import TLSConfig
+from .device import to_host
 from .mods import MaskMod, exact_scores
 from .selection import TokenSelection, keep_best, reduce_group
 
@@ -63,8 +64,9 @@ class AuditStats(NamedTuple):
 class Auditor:
     """Compares one sparse layer every ``every`` decode steps, layer after layer.
 
-    What a comparison finds stays on the device until the step of the next one, so that nothing waits for it; the action
-    on it is taken then, and holds for the rest of the cache's life.
+    What a comparison finds is on its way to the host until the step of the next one, so that nothing waits for it; the
+    action on it is taken then, and holds for the rest of the cache's life. A compiled step keeps its budgets: with
+    :func:`flex_tls.generate` the actions need ``compiled=False``.
 
     Args:
         layers: those that are sparse.
@@ -88,8 +90,8 @@ class Auditor:
         self.least_mass = least_mass
         self._layers = tuple(layers)
         self._n_steps = 0
-        # Step, layer, and what was found, still on the device
-        self._pending: tuple[int, int, Tensor] | None = None
+        # Step, layer, what was found, and the event that says when it has come to the host
+        self._pending: tuple[int, int, Tensor, Any] | None = None
         self._audits: list[Audit] = []
         self._factor: dict[int, int] = {}
         self._drifted: dict[int, OnDrift] = {}
@@ -100,10 +102,11 @@ class Auditor:
             self._settle()
         self._n_steps += 1
 
-    def wants(self, layer: int) -> bool:
-        """Whether this layer is compared in this step, if it is sparse."""
+    @property
+    def due(self) -> int | None:
+        """The layer that is compared in this step, if its context is long enough to be sparse; None for none."""
         turn, rest = divmod(self._n_steps - 1, self.every)
-        return rest == 0 and bool(self._layers) and layer == self._layers[turn % len(self._layers)]
+        return self._layers[turn % len(self._layers)] if rest == 0 and self._layers else None
 
     def config(self, layer: int, cfg: TLSConfig) -> TLSConfig:
         """The layer's configuration, its budgets as wide as drift has made them; dense are budgets for any context."""
@@ -128,10 +131,11 @@ class Auditor:
         mask_mod: MaskMod | None = None,
     ) -> None:
         """Compare. q [B, HQ, T, D], k [B, HKV, S, D]; reads all keys."""
-        self._pending = (self._n_steps - 1, layer, compare(q, k, tokens, cfg, scale=scale, mask_mod=mask_mod))
+        found = compare(q, k, tokens, cfg, scale=scale, mask_mod=mask_mod)
+        self._pending = (self._n_steps - 1, layer, *to_host(found))
 
     def stats(self) -> AuditStats:
-        """Everything found so far. Synchronises with the device."""
+        """Everything found so far; waits for the last comparison."""
         self._settle()
         n = len(self._audits)
         means = [sum(x) / n for x in zip(*((a.mass, a.kl, a.recall) for a in self._audits), strict=True)]
@@ -141,8 +145,10 @@ class Auditor:
     def _settle(self) -> None:
         if self._pending is None:
             return
-        step, layer, found = self._pending
+        step, layer, found, arrived = self._pending
         self._pending = None
+        if arrived is not None:
+            arrived.synchronize()
         audit = Audit(step, layer, *found.tolist())
         self._audits.append(audit)
         if audit.mass < self.least_mass:

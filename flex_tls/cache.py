@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from . import saved
 from .attention import Backend, check_backend, resolve_backend
-from .audit import Auditor, OnDrift
+from .audit import Auditor, AuditStats, OnDrift
 from .cache_layer import Shared, TLSLayer
 from .config import TLSConfig
 from .device import why_not_here
@@ -34,6 +34,18 @@ from .record import Recorder
 from .step import why_not_compiled
 
 
+class CacheStats(dict[int, LayerStats]):
+    """What the offload engine of each offloaded layer did, by layer; empty without offload.
+
+    Attributes:
+        audit: mass, KL and recall that the drift monitor found; None without ``audit_every``.
+    """
+
+    def __init__(self, layers: dict[int, LayerStats], audit: AuditStats | None) -> None:
+        super().__init__(layers)
+        self.audit = audit
+
+
 class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     """Cache of a model whose long contexts are decoded with two-level attention.
 
@@ -51,9 +63,10 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         offload: hold keys and values in host memory and some blocks on the device. Layers that attend to everything in
             every step (``dense_layers``) or to a sliding window stay on the device.
         audit_every: decode steps between two comparisons of one layer's selection with its true attention, which reads
-            all of the layer's keys; None for none. What they find is in ``auditor.stats()``.
+            all of the layer's keys; None for none. What they find is in ``stats().audit``.
         on_drift: what happens to a layer that keeps less of the true attention than ``least_mass``: ``"report"``
-            alone, ``"widen"`` doubles its budgets, ``"dense"`` lets it attend densely from then on.
+            alone, ``"widen"`` doubles its budgets, ``"dense"`` lets it attend densely from then on. The compiled step
+            of :func:`flex_tls.generate` can only report.
         least_mass: a share.
 
     Attributes:
@@ -169,6 +182,13 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         self._settle()
         self._shared.progress.advance(n)
         advance([layer.index for layer in self.tls_layers if layer.index is not None], n)
+
+    def audit(self, queries: list[Tensor]) -> None:
+        """Audit the layer that is due, with the layers' queries [B, HQ, T, D] of a compiled step that was counted."""
+        auditor = self._shared.auditor
+        if auditor is not None and auditor.due is not None:
+            with torch.no_grad():
+                self.tls_layers[auditor.due].audit(queries[auditor.due])
 
     def fit_where_due(self) -> None:
         """Index what layers hold, and choose new label projections where the context has outgrown them.
@@ -292,9 +312,13 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         """What :meth:`stats` reads, on the device."""
         return [total for layer in self.offloaded_layers for total in layer.opened().pool.sums]
 
-    def stats(self) -> dict[int, LayerStats]:
-        """What the offload engine of each offloaded layer did since the cache was made or reset. Synchronises."""
-        return {layer.layer_idx: layer.opened().stats() for layer in self.offloaded_layers if layer.is_initialized}
+    def stats(self) -> CacheStats:
+        """What offloaded layers did since the cache was made or reset, and what audits found. Synchronises."""
+        auditor, offloaded = self._shared.auditor, self.offloaded_layers
+        return CacheStats(
+            {layer.layer_idx: layer.opened().stats() for layer in offloaded if layer.is_initialized},
+            None if auditor is None else auditor.stats(),
+        )
 
     def balanced_gpu_blocks(self) -> tuple[int, ...]:
         """``OffloadConfig.gpu_blocks`` for later caches: as many slots in all, more for layers that missed more.

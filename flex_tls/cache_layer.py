@@ -80,6 +80,8 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         self.window = shared.shape.windows[layer_idx]
         self.index: KVIndex | None = None
         self._step: Step | None = None
+        # Of the scores, as the last eager forward gave it: a prompt goes before every compiled step
+        self._scale = 0.0
 
     @property
     def cfg(self) -> TLSConfig:
@@ -152,6 +154,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
         contexts that the budgets hold whole or ``sparse_from_tokens`` is above. All else is two-level attention.
         """
         step, progress = self._step, self.shared.progress
+        self._scale = scale
         if step is None or step is not progress.step:
             raise RuntimeError("TLSLayer.attend: expected TLSLayer.update before it in the same forward, got none")
         index = self.index
@@ -173,6 +176,17 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
             q, k_new, v_new, keys, values, self.index, start, self.cfg, scale=scale, sparse=sparse,
             arrivals=arrivals,
         )  # fmt: skip
+
+    def audit(self, q: Tensor) -> None:
+        """Compare what a compiled step selected for q [B, HQ, T, D], after :meth:`TLSCache.advance` counted it."""
+        auditor, index = self.shared.auditor, self.index
+        assert auditor is not None
+        if index is None or self.why_dense(q.shape[2], max(self.shared.progress.lens)) is not None:
+            return
+        # The compiled step's own kernels, whatever an eager step would run
+        tokens = attend(q, *self.buffers(), index, self.cfg, scale=self._scale, backend="triton").tokens
+        assert tokens is not None
+        auditor.add(self.layer_idx, q, self.buffers()[0], tokens, self.cfg, scale=self._scale)
 
     def why_dense(self, n_new: int, longest: int) -> str | None:
         """Why ``n_new`` tokens that make the longest row ``longest`` attend densely; None if they select."""
@@ -327,7 +341,7 @@ class TLSLayer(CacheLayerMixin):  # type: ignore[misc,no-untyped-call,unused-ign
                 recorder.add_dense(n_read, 2 * keys.shape[1] * keys.shape[3] * keys.element_size())
             return self._attend_all(q, step, scale)
         mask_mod = None if self.window is None else window_mask(self.window)
-        audited = auditor is not None and auditor.wants(self.layer_idx)
+        audited = auditor is not None and auditor.due == self.layer_idx
         result = self._attend_two_levels(q, step, index, cfg, mask_mod, scale, recorder is not None or audited)
         if auditor is not None and audited:
             assert result.tokens is not None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .cache import TLSCache
 from .capture import captured
+from .device import to_host
 from .integrations.huggingface import enabled, end_of_sequence_ids
 from .lookup import lookup_steps
 from .notice import is_shown
@@ -152,6 +153,7 @@ class Loop:
         ended: bool [B], rows that ended.
         report: int64 [2, B], what the host reads of a step: its token, and whether the row has ended.
         seen: bool [B, V], tokens that occurred; None unless sampling asks for it.
+        queries: [B, HQ, 1, D] a layer, of the last compiled step; empty unless the cache is audited.
     """
 
     def __init__(
@@ -171,6 +173,7 @@ class Loop:
         choices = [pad_token_id, own if isinstance(own, int) else None, *first, 0]
         self.pad: int = next(x for x in choices if x is not None)
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        self.queries: list[Tensor] = []
         self.seen: Tensor | None = None
         if self.sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(b, model.config.vocab_size, dtype=torch.bool, device=device)
@@ -187,8 +190,12 @@ class Loop:
             yield self.report.to("cpu", copy=True)
 
     def compiled_steps(self, n: int) -> Generator[Tensor, None, None]:
-        """As :meth:`eager_steps`, compiled; on CUDA the host is up to LAG steps behind the device."""
-        cache, cfg = self.cache, self.cache.cfg
+        """As :meth:`eager_steps`, compiled; on CUDA the host is up to LAG steps behind the device.
+
+        An audit is no part of the step: it follows one, of which it needs one layer's queries. Steps that ran ahead of
+        the end are audited too.
+        """
+        cache, cfg, auditor = self.cache, self.cache.cfg, self.cache.auditor
         cache.fit_where_due()
         if n and not cache.prepare():
             # The next step waits for all that it selects
@@ -211,10 +218,16 @@ class Loop:
                         refit_at = cache.refit_at_tokens
                     if run is None or now_sparse != sparse:
                         run, sparse = self.build(now_sparse), now_sparse
+                    if auditor is not None:
+                        auditor.count_step()
                     run()
                     done += 1
                     longest += 1
-                    waiting.append(_to_host(self.report))
+                    waiting.append(to_host(self.report))
+                    if auditor is not None and auditor.due is not None and sparse:
+                        cache.advance(done - counted)
+                        counted = done
+                        cache.audit(self.queries)
                 if done == n or len(waiting) > LAG:
                     report, event = waiting.pop(0)
                     if event is not None:
@@ -236,6 +249,7 @@ class Loop:
     def build(self, sparse: bool) -> Callable[[], None]:
         """A function that runs one step: compiled, and on CUDA one graph replay."""
         step = DecodeStep.of(self.model, self.cache, sparse, self.options)
+        self.queries = step.queries
 
         def run() -> None:
             self.next(step(self.token, self.start, self.progress))
@@ -264,14 +278,3 @@ def _check_drafts(n: int, cache: TLSCache) -> None:
         )
     if n and cache.batch_size != 1:
         raise ValueError(f"prompt_lookup_tokens: expected a cache of one row, got batch_size={cache.batch_size}")
-
-
-def _to_host(report: Tensor) -> tuple[Tensor, Any]:
-    """A copy on the host, and the event that says when it has arrived."""
-    if not report.is_cuda:
-        return report.clone(), None
-    copy = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
-    copy.copy_(report, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call,unused-ignore]
-    event.record()
-    return copy, event

@@ -1,10 +1,12 @@
-"""Where the Triton kernels run."""
+"""Where the Triton kernels run, and how the host reads what a device has computed without stalling it."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from torch import Tensor
 
 INSTALLED = find_spec("triton") is not None
 
@@ -29,3 +31,17 @@ def is_interpreted() -> bool:
     from .kernels.tiles import NATIVE
 
     return not NATIVE
+
+
+def to_host(x: Tensor) -> tuple[Tensor, Any]:
+    """A copy of ``x`` on the host, and the event that says when it has arrived; None if it has.
+
+    The copy is queued on the current stream, into page-locked memory, and nothing waits for it here.
+    """
+    if not x.is_cuda:
+        return x.clone(), None
+    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    copy.copy_(x, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call,unused-ignore]
+    event.record()
+    return copy, event

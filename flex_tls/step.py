@@ -26,8 +26,11 @@ class _Step:
 
     is_compileable = True
 
-    def __init__(self, layers: list[TLSLayer], start: Tensor, arrivals: Tensor, sparse: bool) -> None:
+    def __init__(
+        self, layers: list[TLSLayer], start: Tensor, arrivals: Tensor, sparse: bool, queries: list[Tensor]
+    ) -> None:
         self.layers, self.start, self.arrivals, self.sparse = layers, start, arrivals, sparse
+        self.queries = queries
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The new keys and values themselves: :meth:`attend` writes them."""
@@ -38,23 +41,32 @@ class _Step:
         return 0
 
     def attend(self, layer: TLSLayer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Write and attend: [B, HQ, 1, D]."""
+        """Write and attend: [B, HQ, 1, D]; keeps the queries for an audit."""
+        if self.queries:
+            self.queries[layer.layer_idx].copy_(q)
         return layer.decode(q, k, v, self.start, scale=scale, sparse=self.sparse, arrivals=self.arrivals)
 
 
 class DecodeStep:
     """One forward of ``model`` over its cache, compiled whole: (token int64 [B, 1], start int64 [B]) -> logits [B, V].
 
-    ``start``: tokens that each row holds. Writes keys, values and labels at that place, and counts nothing.
+    ``start``: tokens that each row holds. Writes keys, values and labels at that place, and counts nothing. If the
+    cache is audited, ``queries`` are each layer's, [B, HQ, 1, D], after every call.
     """
 
     def __init__(self, model: Any, cache: TLSCache, sparse: bool, options: Mapping[str, Any] | None = None) -> None:
         layers = cache.tls_layers
         rows = cache.batch_size * cache.shape.n_kv_heads
-        arrivals = torch.zeros(rows, dtype=torch.int32, device=next(model.parameters()).device)
+        device = next(model.parameters()).device
+        arrivals = torch.zeros(rows, dtype=torch.int32, device=device)
+        queries: list[Tensor] = []
+        if cache.auditor is not None and sparse:
+            shape = (cache.batch_size, model.config.num_attention_heads, 1, cache.shape.head_dim)
+            queries = [torch.zeros(shape, dtype=cache.dtype, device=device) for _ in layers]
+        self.queries = queries
 
         def forward(token: Tensor, start: Tensor) -> Tensor:
-            step = _Step(layers, start, arrivals, sparse)
+            step = _Step(layers, start, arrivals, sparse, queries)
             out = model(
                 token, position_ids=start[:, None], past_key_values=step, use_cache=True, logits_to_keep=1,
                 **{STEP: step},
@@ -97,6 +109,6 @@ def why_not_compiled(cache: TLSCache, device: torch.device) -> str | None:
         return f"the compiled step moves blocks by a kernel, transfer='kernel', got {cache.offload_config.transfer!r}"
     if any(layer.window is not None for layer in cache.tls_layers):
         return "the compiled step has no sliding windows, which this model's layers have"
-    if cache.auditor is not None:
-        return "the compiled step compares no selection with its true attention, which audit_every asks for"
+    if cache.auditor is not None and cache.auditor.on_drift != "report":
+        return f"the compiled step keeps its budgets, on_drift='report', got {cache.auditor.on_drift!r}"
     return why_not_here(device)

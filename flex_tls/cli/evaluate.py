@@ -13,8 +13,7 @@ import typer
 from rich.console import Console
 
 from ..evaluate import rows
-from ..evaluate.documents import library_files, read_documents
-from ..evaluate.methods import Method
+from ..evaluate.methods import DENSE, Method
 from ..evaluate.perplexity import score_documents
 from ..evaluate.summary import summarise_ppl, summarise_retrieval
 from .evaluate_attention import attention
@@ -22,20 +21,26 @@ from .evaluate_common import (
     DEFAULT_METHODS,
     BackendName,
     BlockBudgets,
+    Column,
     Commit,
+    Dataset,
     Device,
+    Documents,
     Dtype,
     JsonFile,
     Methods,
     ModelName,
     Rope,
     RowsFile,
+    Split,
+    Texts,
     TokenBudgets,
     as_backend,
     check_positions,
     chosen_methods,
     load_for_rows,
     progress_bar,
+    read_texts,
     write_summary,
 )
 from .evaluate_retrieval import retrieval, tasks
@@ -52,14 +57,14 @@ eval_app.command()(attention)
 
 @eval_app.command()
 def ppl(
-    files: Annotated[
-        list[Path] | None,
-        typer.Argument(exists=True, help="Texts, or folders of them; Python's standard library by default."),
-    ] = None,
+    files: Texts = None,
+    dataset: Dataset = None,
+    split: Split = "train",
+    text_column: Column = "text",
     model_name: ModelName = None,
     context_tokens: Annotated[int, typer.Option(min=2, help="Tokens before the first scored one.")] = 2048,
     score_tokens: Annotated[int, typer.Option(min=1, help="Tokens to score in each document.")] = 64,
-    documents: Annotated[int, typer.Option(min=1, help="Files to read, at most.")] = 4,
+    documents: Documents = 4,
     methods: Methods = DEFAULT_METHODS,
     block_budget: BlockBudgets = "1/4",
     token_budget: TokenBudgets = "1/8",
@@ -83,7 +88,7 @@ def ppl(
         chosen = chosen_methods(methods, context_tokens, length, block_budget, token_budget, block_size, console)
         model, tokenizer, origin = load_for_rows(model_name, device, dtype, backend, commit, console, rope)
         check_positions(model, length)
-        texts = read_documents(files or library_files(), tokenizer, length, documents)
+        texts = read_texts(files, dataset, split, text_column, tokenizer, length, documents)
         seen = {row.key: row for row in (rows.read(out) if out else []) if isinstance(row, rows.PplRow)}
 
         def key(digest: str, method: Method) -> rows.Key:
@@ -92,11 +97,14 @@ def ppl(
         def is_missing(digest: str, method: Method) -> bool:
             return key(digest, method) not in seen
 
-        todo = []
+        dense, todo = Method(DENSE, None), []
         for start in range(0, len(texts), batch):
             group = texts[start : start + batch]
             missing = [m for m in chosen if any(is_missing(x.digest, m) for x in group)]
             if missing:
+                if all(m.cfg is not None for m in missing) and any(is_missing(x.digest, dense) for x in group):
+                    # It runs anyway: what it said is kept
+                    missing.insert(0, dense)
                 todo.append((group, missing))
         passes = sum(1 + sum(m.cfg is not None for m in missing) for _, missing in todo)
         with progress_bar(console, passes * -(-score_tokens // step_tokens)) as advance:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -11,7 +10,6 @@ import typer
 from rich.console import Console
 
 from ..evaluate import rows
-from ..evaluate.documents import library_files, read_documents
 from ..evaluate.methods import cost
 from ..evaluate.probe import probe_documents
 from ..evaluate.summary import summarise_attention
@@ -19,19 +17,25 @@ from ..model_config import read_model_config
 from .evaluate_common import (
     BackendName,
     BlockBudgets,
+    Column,
     Commit,
+    Dataset,
     Device,
+    Documents,
     Dtype,
     JsonFile,
     Methods,
     ModelName,
     RowsFile,
+    Split,
+    Texts,
     TokenBudgets,
     as_backend,
     check_positions,
     chosen_methods,
     load_for_rows,
     progress_bar,
+    read_texts,
     write_summary,
 )
 from .options import BlockSize
@@ -39,14 +43,14 @@ from .report import print_attention, reported
 
 
 def attention(
-    files: Annotated[
-        list[Path] | None,
-        typer.Argument(exists=True, help="Texts, or folders of them; Python's standard library by default."),
-    ] = None,
+    files: Texts = None,
+    dataset: Dataset = None,
+    split: Split = "train",
+    text_column: Column = "text",
     model_name: ModelName = None,
     context_tokens: Annotated[int, typer.Option(min=2, help="Tokens before the first decoded one.")] = 2048,
     score_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode in each document.")] = 64,
-    documents: Annotated[int, typer.Option(min=1, help="Files to read, at most.")] = 4,
+    documents: Documents = 4,
     methods: Methods = "ours",
     block_budget: BlockBudgets = "1/4",
     token_budget: TokenBudgets = "1/8",
@@ -72,7 +76,7 @@ def attention(
             raise ValueError(f"methods: expected one that selects among cached tokens, got {methods}")
         model, tokenizer, origin = load_for_rows(model_name, device, dtype, backend, commit, console)
         check_positions(model, length)
-        texts = read_documents(files or library_files(), tokenizer, length, documents)
+        texts = read_texts(files, dataset, split, text_column, tokenizer, length, documents)
         seen = {row.key: row for row in (rows.read(out) if out else []) if isinstance(row, rows.AttentionRow)}
         found: list[rows.AttentionRow] = []
         groups = [texts[start : start + batch] for start in range(0, len(texts), batch)]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -20,11 +21,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .. import __version__
 from ..attention import Backend, check_backend
 from ..evaluate import rows
+from ..evaluate.documents import Document, library_files, read_dataset, read_documents
 from ..evaluate.methods import Method
 from ..evaluate.sets import make_methods
 from .options import config, load_model, scale_rope
 from .report import hardware
 
+Texts = Annotated[
+    list[Path] | None,
+    typer.Argument(exists=True, help="Texts, or folders of them; Python's standard library by default."),
+]
+Documents = Annotated[int, typer.Option(min=1, help="Texts to read, at most.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="In place of files, NAME or NAME:CONFIG of a Hugging Face data set, or a folder; streamed."),
+]
+Split = Annotated[str, typer.Option(help="Of --dataset.")]
+Column = Annotated[str, typer.Option(help="Of --dataset: where its texts are.")]
 ModelName = Annotated[
     str | None, typer.Option("--model", help="Folder, hub id or GGUF file; SmolLM2-135M-Instruct by default.")
 ]
@@ -98,8 +111,22 @@ def load_for_rows(
         transformers=importlib.metadata.version("transformers"),
         commit=_commit() if commit is None else commit,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        python=str(machine["python"]),
+        triton=importlib.metadata.version("triton") if find_spec("triton") else "",
+        driver=_driver() if model.device.type == "cuda" else "",
     )
     return model, tokenizer, origin
+
+
+def read_texts(
+    files: list[Path] | None, dataset: str | None, split: str, column: str, tokenizer: Any, length: int, limit: int
+) -> list[Document]:
+    """The texts that the options ask for, each cut to ``length`` tokens."""
+    if dataset is None:
+        return read_documents(files or library_files(), tokenizer, length, limit)
+    if files:
+        raise ValueError(f"--dataset: expected it or files, got {dataset!r} and {len(files)} of them")
+    return read_dataset(dataset, tokenizer, length, limit, split=split, column=column)
 
 
 def as_backend(name: str) -> Backend:
@@ -122,6 +149,15 @@ def _commit() -> str:
         return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def _driver() -> str:
+    """The GPU driver's version; "" where its tool is missing, as in some containers."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.partition("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def write_summary(path: Path | None, lines: Sequence[Any]) -> None:

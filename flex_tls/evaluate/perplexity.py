@@ -25,6 +25,8 @@ class Score:
     backend: str
     index_share: float
     read_share: float
+    top1: list[int] | None = None
+    log_p: list[float] | None = None
 
 
 def score_documents(
@@ -75,10 +77,15 @@ def score_documents(
             dense.append(logits)
             on_step(DENSE)
     targets = ids[:, context_tokens:].split(step_tokens, dim=1)  # type: ignore[no-untyped-call,unused-ignore]
-    nll_dense = -sum((_picked(_log_p(x), t) for x, t in zip(dense, targets, strict=True)), torch.zeros(())) / n_scored
+    log_p_dense = torch.cat([_picked(_log_p(x), t) for x, t in zip(dense, targets, strict=True)], dim=1)
+    nll_dense = -log_p_dense.mean(1)
     for method in methods:
         if method.cfg is None:
-            yield method, [Score(0.0, x, x, 1.0, *origin(method)) for x in nll_dense.tolist()]
+            top1 = torch.cat([x.argmax(-1) for x in dense], dim=1).tolist()
+            # Six digits: these are to look things up in, and make most of a row
+            said = [[float(f"{x:.6g}") for x in row] for row in log_p_dense.tolist()]
+            outputs = zip(nll_dense.tolist(), top1, said, strict=True)
+            yield method, [Score(0.0, x, x, 1.0, *origin(method), *more) for x, *more in outputs]
             continue
         kl, nll, agreement = torch.zeros(3, b, dtype=torch.float64, device=ids.device)
         with prompt.decoding(method) as step:
@@ -86,7 +93,7 @@ def score_documents(
             for logits, full, target in zip(steps, dense, targets, strict=True):
                 log_p, log_q = _log_p(full), _log_p(logits)
                 kl += (log_p.exp() * (log_p - log_q)).sum((1, 2))
-                nll -= _picked(log_q, target)
+                nll -= _picked(log_q, target).sum(1)
                 agreement += (full.argmax(-1) == logits.argmax(-1)).sum(1)
                 on_step(method.name)
         rows = zip(*((x / n_scored).tolist() for x in (kl, nll, agreement)), nll_dense.tolist(), strict=True)
@@ -105,5 +112,5 @@ def _log_p(logits: Tensor) -> Tensor:
 
 
 def _picked(log_p: Tensor, tokens: Tensor) -> Tensor:
-    """Sums [B] of the log-probabilities of tokens [B, T] under log_p [B, T, V]."""
-    return log_p.gather(2, tokens[..., None]).sum((1, 2))
+    """Log-probabilities [B, T] of tokens [B, T] under log_p [B, T, V]."""
+    return log_p.gather(2, tokens[..., None])[..., 0]

@@ -18,7 +18,10 @@ ADDED = {"sparse_from_tokens": 0, "block_shares": None}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What the rows of one run share: the model, and what measured."""
+    """What the rows of one run share: the model, and what measured.
+
+    ``triton`` and ``driver`` (of the GPU): "" where there is none, and in rows from before they were noted.
+    """
 
     model: str
     dtype: str
@@ -28,6 +31,9 @@ class Origin:
     transformers: str
     commit: str
     date: str
+    python: str = ""
+    triton: str = ""
+    driver: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +76,7 @@ class PplRow(Row):
         kl: KL(dense || method) per token, natural log.
         nll, nll_dense: negative log-likelihood per token, of the method and of dense attention in the same run.
         agreement: share of tokens whose likeliest next token is dense attention's.
+        top1, log_p: of each scored token, the likeliest in its place and its own log-probability; dense rows have them.
     """
 
     document: str
@@ -80,6 +87,8 @@ class PplRow(Row):
     nll: float
     nll_dense: float
     agreement: float
+    top1: list[int] | None = None
+    log_p: list[float] | None = None
 
     @property
     def key(self) -> Key:

@@ -64,7 +64,8 @@ class _Replays:
         self.start = torch.zeros(cache.batch_size, dtype=torch.int64, device=device)
         self.held: list[int] = []
         self.logits = torch.empty(0)
-        self.steps: dict[bool, Callable[[], None]] = {}
+        # By whether they are sparse: the step, and the queries that it leaves for an audit
+        self.steps: dict[bool, tuple[Callable[[], None], list[Tensor]]] = {}
 
     def can_go_on(self) -> bool:
         """Whether the next token can be a compiled step: there is room, and what it selects is at hand."""
@@ -88,12 +89,17 @@ class _Replays:
         sparse = max(cache.seq_lens) + 1 > cache.cfg.dense_up_to_tokens
         if sparse not in self.steps:
             self.steps[sparse] = self._build(sparse)
-        self.steps[sparse]()
+        run, queries = self.steps[sparse]
+        if cache.auditor is not None:
+            cache.auditor.count_step()
+        run()
         cache.advance(1)
         self.held = cache.seq_lens
+        if queries:
+            cache.audit(queries)
         return self.logits
 
-    def _build(self, sparse: bool) -> Callable[[], None]:
+    def _build(self, sparse: bool) -> tuple[Callable[[], None], list[Tensor]]:
         step = DecodeStep.of(self.model, self.cache, sparse, self.options)
 
         def run() -> None:
@@ -101,8 +107,9 @@ class _Replays:
             self.start += 1
 
         if not self.token.is_cuda:
-            return run
-        return captured(run, [self.token, self.start, *self.cache.counters], rejoin=self.cache.rejoin)
+            return run, step.queries
+        state = [self.token, self.start, *self.cache.counters]
+        return captured(run, state, rejoin=self.cache.rejoin), step.queries
 
 
 def _is_step(inputs: Mapping[str, Any]) -> bool:

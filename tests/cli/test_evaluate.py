@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -61,6 +64,14 @@ def test_perplexity_of_every_method_with_rows_summary_and_picture(
         assert row.kl > 0 if row.config else row.kl == 0
         assert 0 <= row.agreement <= 1
         assert row.transformers
+        assert row.python == platform.python_version()
+        if row.config is None:
+            assert row.top1 is not None
+            assert row.log_p is not None
+            assert (len(row.top1), len(row.log_p)) == (2, 2)
+            assert -sum(row.log_p) / 2 == pytest.approx(row.nll, rel=1e-5)
+        else:
+            assert row.top1 is row.log_p is None
     lines = json.loads(summary.read_text())["results"]
     assert {line["n_documents"] for line in lines} == {2}
     assert all(line["kl"]["low"] <= line["kl"]["mean"] <= line["kl"]["high"] for line in lines)
@@ -91,7 +102,8 @@ def test_what_was_measured_is_not_measured_again(
     assert len(asked) == 1
     # One more document, one more method
     run(*options, "--documents", "3", "--methods", "ours,window")
-    assert asked[1:] == [(2, ["window", "window"]), (1, ["ours", "window", "ours", "window"])]
+    # Dense attention runs in any case: what it said of the new document is kept
+    assert asked[1:] == [(2, ["window", "window"]), (1, ["dense", "ours", "window", "ours", "window"])]
     assert rows.read(out)[: len(first)] == first
     keys = [row.key for row in rows.read(out)]
     assert len(set(keys)) == len(keys)
@@ -139,6 +151,30 @@ def test_budgets_over_the_whole_context_lose_nothing(model_folder: Path, texts: 
         assert isinstance(row, rows.PplRow)
         assert math.isclose(row.kl, 0, abs_tol=1e-6)
         assert row.agreement == 1
+
+
+def test_texts_of_a_data_set_are_scored_as_those_of_files(
+    model_folder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = ModuleType("datasets")
+
+    def load_dataset(path: str, config: str | None, **options: Any) -> list[dict[str, str]]:
+        assert (path, config, options) == ("me/books", "old", {"split": "test", "streaming": True})
+        return [{"body": path.read_text()} for path in sorted(texts.iterdir())]
+
+    library.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    options = ["--model", model_folder, "--context-tokens", "320", "--score-tokens", "2", *BUDGETS, "--documents", "2"]
+    options += ["--methods", "ours"]
+    dataset = ["--dataset", "me/books:old", "--split", "test", "--text-column", "body"]
+    run("ppl", texts, *options, "--out", tmp_path / "files.jsonl")
+    run("ppl", *dataset, *options, "--out", tmp_path / "dataset.jsonl")
+    files, found = (rows.read(tmp_path / f"{name}.jsonl") for name in ("files", "dataset"))
+    assert [row.key for row in found] == [row.key for row in files]
+    assert {row.document for row in found if isinstance(row, rows.PplRow)} == {
+        "me/books:old/test/0", "me/books:old/test/1",
+    }  # fmt: skip
+    assert "--dataset: expected it or files" in failed("ppl", texts, *dataset, *options)
 
 
 def test_what_cannot_be_evaluated_says_why(model_folder: Path, texts: Path, tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ def test_the_whole_context_selected_loses_nothing() -> None:
 @torch.no_grad()
 def test_scores_are_what_the_definitions_say() -> None:
     model, ids = make(), documents(1, 100)
-    ((_, (score,)),) = score_documents(model, ids, 90, [Method("ours", SPARSE)], backend="reference")
+    methods = [Method(DENSE, None), Method("ours", SPARSE)]
+    (_, (dense,)), (_, (score,)) = score_documents(model, ids, 90, methods, backend="reference")
     p = model(ids).logits[0, 89:99].double().log_softmax(-1)
     q = decoded_by_the_user(SPARSE, ids, 89)[0, :10].double().log_softmax(-1)
     target = ids[0, 90:]
@@ -99,6 +100,10 @@ def test_scores_are_what_the_definitions_say() -> None:
     assert score.nll == pytest.approx(-float(q[torch.arange(10), target].mean()), rel=1e-3)
     assert score.nll_dense == pytest.approx(-float(p[torch.arange(10), target].mean()), rel=1e-3)
     assert score.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert dense.top1 == p.argmax(-1).tolist()
+    assert dense.log_p == pytest.approx(p[torch.arange(10), target].tolist(), rel=1e-4)
+    assert dense.nll == pytest.approx(score.nll_dense)
+    assert (score.top1, score.log_p) == (None, None)
 
 
 @pytest.mark.parametrize("name", ["dense", "ours", "quest", "h2o", "quest_double_sparsity"])

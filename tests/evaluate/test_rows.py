@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     older = {name: value for name, value in whole.items() if name != "sparse_from_tokens"}
     rows.append(path, [retrieval_row("b", 0.5, older)])
     assert rows.read(path)[2] == second
+
+
+def test_rows_from_before_versions_and_outputs_were_kept_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    fields = dataclasses.asdict(ppl_row("a"))
+    for name in ("python", "triton", "driver", "top1", "log_p"):
+        del fields[name]
+    path.write_text(json.dumps(fields) + "\n")
+    assert rows.read(path) == [ppl_row("a")]
 
 
 def test_an_interrupted_write_costs_its_own_row_alone(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from flex_tls.audit import Auditor, AuditStats, OnDrift, compare
 from flex_tls.record import Recorder
 
 from ..cases import Case, cases
-from .models import FULL, SPARSE, VOCAB, make
+from .models import FULL, SPARSE, VOCAB, make, prompts
 
 
 def decoded(
@@ -32,8 +32,9 @@ def decoded(
         model(ids[:, :100], past_key_values=cache)
         cache.recorder = recorder = Recorder()
         logits = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(100, 100 + n_steps)]
-    assert cache.auditor is not None
-    return cache.auditor.stats(), torch.cat(logits, dim=1), recorder
+    audit = cache.stats().audit
+    assert audit is not None
+    return audit, torch.cat(logits, dim=1), recorder
 
 
 @given(cases(kinds=("lowrank", "quest", "oracle")))
@@ -71,7 +72,7 @@ def test_every_nth_step_compares_the_next_layer(every: int, n_steps: int) -> Non
     asked = []
     for step in range(n_steps):
         auditor.count_step()
-        asked += [(step, layer) for layer in range(3) if auditor.wants(layer)]
+        asked += [(step, auditor.due)] if auditor.due is not None else []
     assert asked == [(step, 1 + turn % 2) for turn, step in enumerate(range(0, n_steps, every))]
 
 
@@ -113,17 +114,80 @@ def test_drift_makes_a_layer_dense() -> None:
     assert decoded(dense, 1, every=1)[0].audits[0].layer == 2
 
 
+def test_a_cache_without_audits_has_no_statistics_of_them() -> None:
+    stats = tls.TLSCache(make().config, SPARSE, max_len=100).stats()
+    assert (stats, stats.audit) == ({}, None)
+
+
 def test_a_context_that_the_budgets_hold_needs_no_audit() -> None:
     stats, _, _ = decoded(FULL, 3, every=1)
     assert (stats.n_steps, stats.audits, stats.drifted) == (3, (), {})
     assert math.isnan(stats.mean_mass)
 
 
-def test_the_compiled_loop_refuses_to_audit() -> None:
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, steps that are traced whole and not compiled: what is compiled, other tests run."""
+    if not torch.cuda.is_available():
+        compile_ = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, options=None, **kwargs: compile_(f, backend="eager", **kwargs))
+
+
+def generated(
+    device: str, lens: tuple[int, ...], every: int | None, n: int, compiled: bool = True
+) -> tuple[torch.Tensor, tls.TLSCache]:
+    """Tokens of ``n`` steps and of the prompt's logits."""
+    model, inputs = make("qwen3").to(device), {name: x.to(device) for name, x in prompts(*lens).items()}
+    cache = tls.TLSCache(
+        model.config, SPARSE, batch_size=len(lens), max_len=max(lens) + 20, audit_every=every,
+        backend="reference" if device == "cpu" and not compiled else "auto",
+    )  # fmt: skip
+    out = tls.generate(
+        model, inputs["input_ids"], attention_mask=inputs["attention_mask"], cache=cache, max_new_tokens=n + 1,
+        compiled=compiled,
+    )  # fmt: skip
+    return out, cache
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize(
+    ("device", "lens"), [("cpu", (40,)), pytest.param("cuda", (90, 41, 7), marks=pytest.mark.cuda)]
+)
+def test_compiled_generation_is_audited_as_eager_generation_and_gives_the_same_tokens(
+    device: str, lens: tuple[int, ...]
+) -> None:
+    # Interpreted kernels are slow: there the eager loop, which generates the same, stands for the compiled one
+    plain, unaudited = generated(device, lens, None, 4, compiled=device == "cuda")
+    out, cache = generated(device, lens, 2, 4)
+    assert torch.equal(out, plain)
+    assert cache.seq_lens == unaudited.seq_lens == [n + 4 for n in lens]
+    for layer, other in zip(cache.tls_layers[1:], unaudited.tls_layers[1:], strict=True):
+        torch.testing.assert_close(layer.buffers()[0], other.buffers()[0], rtol=1e-4, atol=1e-4)
+        assert layer.index is not None
+        assert layer.index.seq_lens.tolist() == cache.seq_lens
+    found, want = cache.stats().audit, generated(device, lens, 2, 4, compiled=False)[1].stats().audit
+    assert found is not None
+    assert want is not None
+    assert found.n_steps == want.n_steps == 4
+    assert [(a.step, a.layer) for a in found.audits] == [(0, 1), (2, 2)]
+    for one, other in zip(found.audits, want.audits, strict=True):
+        assert one[:2] == other[:2]
+        assert one[2:] == pytest.approx(other[2:], abs=1e-3)
+        assert 0 < one.mass < 1
+
+
+@pytest.mark.usefixtures("traced")
+def test_steps_that_the_budgets_hold_whole_are_counted_and_not_audited() -> None:
+    stats = generated("cpu", (30,), 2, 5)[1].stats().audit
+    assert stats is not None
+    # Step i makes 31 + i tokens, and the budget is 32
+    assert (stats.n_steps, [a.step for a in stats.audits]) == (5, [2, 4])
+
+
+def test_the_compiled_loop_refuses_to_change_budgets() -> None:
     model = make()
-    tls.enable(model)
-    cache = tls.TLSCache(model.config, SPARSE, max_len=120, audit_every=4)
-    with pytest.raises(ValueError, match=r"compiled: the compiled step compares no selection .*pass compiled=False"):
+    cache = tls.TLSCache(model.config, SPARSE, max_len=120, audit_every=4, on_drift="widen")
+    with pytest.raises(ValueError, match=r"compiled: the compiled step keeps its budgets, on_drift='report', got 'w"):
         tls.generate(model, torch.ones(1, 8, dtype=torch.int64), cache=cache, max_new_tokens=2, compiled=True)
 
 

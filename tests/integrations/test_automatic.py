@@ -99,13 +99,26 @@ def test_what_cannot_be_compiled_runs_as_before(calls: list[bool]) -> None:
     inputs = prompts(90)
     model = enabled()
     other = dataclasses.replace(SPARSE, group_reduce="softmax_max")
-    for options in ({"backend": "reference"}, {"cfg": other}, {"audit_every": 4}):
+    for options in ({"backend": "reference"}, {"cfg": other}, {"audit_every": 4, "on_drift": "widen"}):
         want = generate(model, cache_for(model, 1, **options), compiled=False, **inputs)
         assert torch.equal(generate(model, cache_for(model, 1, **options), **inputs), want)
         allocated = cache_for(model, 1, dtype=torch.float32, device="cpu", **options)
         assert not allocated.is_compileable
     assert cache_for(model, 1, dtype=torch.float32, device="cpu").is_compileable
     assert not calls
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_audited_cache_is_compiled_and_audited(device: str) -> None:
+    model = enabled(device)
+    inputs = {name: x.to(device) for name, x in prompts(90).items()}
+    eager = cache_for(model, 1, backend="reference", audit_every=2)
+    compiled = cache_for(model, 1, audit_every=2)
+    want = generate(model, eager, compiled=False, n=5, **inputs)
+    assert torch.equal(generate(model, compiled, n=5, **inputs), want)
+    found, theirs = (cache.stats().audit.audits for cache in (compiled, eager))
+    assert [(x.step, x.layer) for x in found] == [(x.step, x.layer) for x in theirs] != []
+    torch.testing.assert_close([x.mass for x in found], [x.mass for x in theirs], rtol=1e-3, atol=1e-3)
 
 
 def test_a_full_cache_says_so() -> None:
