@@ -132,6 +132,6 @@ def _forget_error() -> None:
 
 def _unpin(rows: Tensor) -> None:
     # A store that is collected, not closed, may have transfers under way; nobody may wait while a graph is recorded
-    if not torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
         torch.cuda.synchronize()
     torch.cuda.cudart().cudaHostUnregister(rows.data_ptr())  # type: ignore[no-untyped-call,unused-ignore]

@@ -120,7 +120,9 @@ def test_a_step_over_host_memory_is_one_graph_launch_that_waits_for_nothing(poli
         counts = calls_of(steps, n)
         steps.close()
     assert counts.get("cudaGraphLaunch") == n
-    assert not [name for name in counts if "LaunchKernel" in name], counts
+    # Where a graph draws, PyTorch writes its generator's seed and offset before each replay
+    fills = 0 if SAMPLINGS[sampling] is None else 2 * n
+    assert sum(count for name, count in counts.items() if "LaunchKernel" in name) == fills, counts
     assert len({tuple(report[0].tolist()) for report in seen}) > 10
     assert loop.cache.seq_lens == [n + STEPS + 3 * LAG for n in (90, 64)]
     for layer, stats in zip(loop.cache.offloaded_layers, loop.cache.stats().values(), strict=True):
