@@ -72,7 +72,8 @@ def _steps(steps: Sequence[ModelRow], results: Path, base: Path) -> Iterator[str
         yield f"No rows yet: `{command}`.\n"
         return
     yield (
-        f"Milliseconds, the newest row of each, and the dense loop's over it where both took turns in one run. "
+        "Milliseconds, the newest row of each, and the dense loop's over it where both took turns in one run, tuned over "
+        "tuned. "
         f"`python -m bench run decode --batch {_listed(row.B for row in steps)} --contexts "
         f"{_listed(row.context for row in steps)}`, with `--providers` of the table, `--model qwen3-14b`\n"
     )
@@ -81,8 +82,9 @@ def _steps(steps: Sequence[ModelRow], results: Path, base: Path) -> Iterator[str
         ("GPU", "model", "rows", "tokens", "provider", "ms (p10 to p90)", "dense / this", "tokens/s", "runs", "commit")
     ]
     for key, row in sorted(newest.items(), key=lambda x: (x[0][:4], x[1].ms_median)):
-        dense = newest.get((*key[:4], "dense"))
-        together = dense is not None and dense.commit == row.commit and row.provider != "dense"
+        # Compiled with the same options
+        dense = newest.get((*key[:4], "dense_tuned" if row.provider.endswith("_tuned") else "dense"))
+        together = dense is not None and dense.commit == row.commit and dense.provider != row.provider
         ratio = f"{dense.ms_median / row.ms_median:.2f}" if dense is not None and together else ""
         rows.append((
             row.gpu, row.case, str(row.B), f"{row.context:,}", f"`{row.provider}`",
