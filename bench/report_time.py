@@ -72,8 +72,8 @@ def _steps(steps: Sequence[ModelRow], results: Path, base: Path) -> Iterator[str
         yield f"No rows yet: `{command}`.\n"
         return
     yield (
-        "Milliseconds, the newest row of each, and the dense loop's over it where both took turns in one run, tuned over "
-        "tuned. "
+        "Milliseconds, the newest row of each, and the dense loop's over it where both took turns in one run, tuned "
+        "over tuned. "
         f"`python -m bench run decode --batch {_listed(row.B for row in steps)} --contexts "
         f"{_listed(row.context for row in steps)}`, with `--providers` of the table, `--model qwen3-14b`\n"
     )
