@@ -44,7 +44,8 @@ class LayerPlan:
         kept_tokens: tokens that a query token attends to, per KV head.
         block_budget: tokens of the blocks that level 1 keeps, out of which ``kept_tokens`` are; None if not sparse.
         index_nbytes: bytes of each of the layers' index, 0 where it has none.
-        backend: what ``model.generate`` runs: ``"sdpa"`` or a backend of two-level attention; None: nothing can.
+        backend: what a step of the model's own forward runs: ``"sdpa"`` or a backend of two-level attention; None:
+            nothing can.
         kernels: Triton kernels that the compiled step runs, in order; empty if it cannot run.
     """
 
@@ -70,7 +71,8 @@ class Explanation:
         device: where the step would run.
         context_tokens: tokens of the longest row, the step's own included.
         plans: one for every run of layers that do the same.
-        why_not_compiled: what keeps ``tls.generate`` from its compiled step; None if nothing does.
+        why_not_compiled: what keeps ``tls.generate`` and, on CUDA, ``model.generate`` from the compiled step; None if
+            nothing does.
         kv_nbytes, index_nbytes: of the whole cache, all layers.
         offload: of the cache; None without.
     """
@@ -105,7 +107,7 @@ class Explanation:
             "budgets": f"{cfg.block_budget:,} tokens in blocks of {cfg.block_size}{by_layer}, {kept} attended to",
             "index": f"{cfg.index}, {index}",
             "step": f"one token a row, {self.context_tokens:,} tokens in the longest",
-            "compiled": "tls.generate runs one graph a step"
+            "compiled": "one graph a step, by tls.generate and model.generate"
             if self.why_not_compiled is None
             else self.why_not_compiled,
         }
@@ -117,7 +119,7 @@ class Explanation:
     @property
     def table(self) -> list[tuple[str, ...]]:
         """One line for every plan, below a line of names."""
-        names = ("layers", "attention", "block budget", "tokens", "index", "model.generate", "compiled step", "why")
+        names = ("layers", "attention", "block budget", "tokens", "index", "own forward", "compiled step", "why")
         return [names, *(self._line(plan) for plan in self.plans)]
 
     def __str__(self) -> str:

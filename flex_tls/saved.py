@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .cache import TLSCache
 
 FORMAT = "flex_tls.TLSCache"
-VERSION = 1
+# 2: files bear the id of their cache
+VERSION = 2
 _COUNTS = ("max_len", "fitted_tokens", "observed_tokens")
 
 
@@ -83,7 +84,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     """What ``cache.json`` says, checked.
 
     Raises:
-        ValueError: no folder that :func:`save` wrote, or by a later version, or not as it was written.
+        ValueError: no folder that :func:`save` wrote, or by another version, or not as it was written.
     """
     file = Path(path) / "cache.json"
     try:
@@ -94,7 +95,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     if not known:
         raise ValueError(f"path: expected a folder that TLSCache.save wrote, got {path}, whose cache.json is another's")
     if "version" in found and found["version"] != VERSION:
-        raise ValueError(f"path: expected version {VERSION} in {file}, got {found['version']}; update flex_tls")
+        raise ValueError(
+            f"path: expected version {VERSION} in {file}, got {found['version']}; update flex_tls, or save the "
+            "cache again if it is older"
+        )
     # In this order: each may rely on those before it
     for key, (expected, holds) in _KEYS.items():
         if key not in found or not holds(found[key], found):

@@ -172,4 +172,4 @@ def _preset(command_name: str, methods: str, help: str) -> None:
 
 _preset("compare", "comparison", "As ppl, for every method: ours, the published ones, and oracles.")
 _preset("ablate", "ablation", "As ppl, changing one component of ours at a time.")
-_preset("frontier", "frontier", "As ppl, for some forty indexes at equal budgets: bytes held and read against KL.")
+_preset("frontier", "frontier", "As ppl, for some sixty indexes at equal budgets: bytes held and read against KL.")

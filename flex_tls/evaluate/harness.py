@@ -102,6 +102,10 @@ class TLSLM(HFLM):  # type: ignore[misc,unused-ignore]
         cache, found, read = self._empty_cache(1), [], None
         with enabled(self.model):
             for texts, context, answer in tqdm(requests, disable=disable_tqdm or self.rank != 0):
+                if not 0 < len(answer) <= self.max_length:
+                    raise ValueError(
+                        f"answer: expected 1 to max_length={self.max_length} tokens, got {len(answer)}; raise it"
+                    )
                 ids = (context + answer)[-(self.max_length + 1) :]
                 prompt, steps = ids[: -len(answer) - 1], ids[-len(answer) - 1 : -1]
                 if prompt and prompt == read:

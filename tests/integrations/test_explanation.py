@@ -67,7 +67,7 @@ def test_the_text_says_what_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [plan.layers for plan in explained.plans] == [(0,), (1, 2)]
     index = f"{explained.index_nbytes / 2e6:.2f} MB"
     assert f"1-2     two-level  48            32      {index}" in str(explained)
-    assert "compiled: tls.generate runs one graph a step" in str(explained)
+    assert "compiled: one graph a step, by tls.generate and model.generate" in str(explained)
     assert (explained.kv_nbytes, explained.index_nbytes) == (3 * 2 * 2 * 160 * 16 * 4, cache_for(model).index_nbytes)
 
 

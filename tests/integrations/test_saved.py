@@ -175,7 +175,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layer_00001\.safetensors to be whole"):
         load()
     described = json.loads((path / "cache.json").read_text())
-    for change, text in (({"version": 9}, "expected version 1 .* got 9"), ({"format": "other"}, "is another's")):
+    for change, text in (({"version": 9}, "expected version 2 .* got 9"), ({"format": "other"}, "is another's")):
         (path / "cache.json").write_text(json.dumps({**described, **change}))
         with pytest.raises(ValueError, match=text):
             load()
