@@ -65,8 +65,8 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         audit_every: decode steps between two comparisons of one layer's selection with its true attention, which reads
             all of the layer's keys; None for none. What they find is in ``stats().audit``.
         on_drift: what happens to a layer that keeps less of the true attention than ``least_mass``: ``"report"``
-            alone, ``"widen"`` doubles its budgets, ``"dense"`` lets it attend densely from then on. The compiled step
-            of :func:`flex_tls.generate` can only report.
+            alone, ``"widen"`` doubles its budgets, ``"dense"`` lets it attend densely from then on. The last two
+            are not compiled: :func:`flex_tls.generate` then needs ``compiled=False``.
         least_mass: a share.
 
     Attributes:
@@ -116,7 +116,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
             )
         self._dtype = dtype
         self._device = None if device is None else torch.device(device)
-        # Steps that flex_tls.decode compiled, each of which holds its model; they live as long as the buffers they read
+        # Compiled steps (flex_tls/step.py), each of which holds its model; they live as long as the buffers they read
         self.compiled_steps: dict[tuple[Any, ...], Any] = {}
         self.offload_config = offload
         away = [] if offload is None else choose_offloaded(self._shared)
@@ -127,6 +127,10 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
             size_pools(self.offloaded_layers, offload, dtype or shape.dtype)
         if dtype is not None and self._device is not None:
             self._allocate(dtype, self._device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy compiles its own steps: these read this cache's buffers, and hold the model."""
+        return {**self.__dict__, "compiled_steps": {}}
 
     def begin(self, attention_mask: Tensor | None, n_new: int, batch_size: int | None = None) -> None:
         """Announce a forward of ``n_new`` (T) columns. :func:`flex_tls.enable` calls it before every forward.
@@ -304,7 +308,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
 
     @property
     def is_compileable(self) -> bool:
-        """Whether ``model.generate`` may decode by the compiled step: on CUDA, without ``disable_compile``."""
+        """Whether ``model.generate`` may decode by the compiled step, on CUDA; True while no device is known."""
         return self._device is None or why_not_compiled(self, self._device) is None
 
     @property

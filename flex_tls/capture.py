@@ -30,6 +30,13 @@ def captured(
     If it raises while it is recorded, ``rejoin`` joins the streams that it forked: a capture with a stream outside
     cannot end, and one that cannot end leaves this thread on its stream.
     """
+    with torch.cuda.device(state[0].device):
+        return _captured(call, state, generator, rejoin)
+
+
+def _captured(
+    call: Callable[[], None], state: Sequence[Tensor], generator: torch.Generator | None, rejoin: Callable[[], None]
+) -> Callable[[], None]:
     kept = [x.clone() for x in state]
     randomness = None if generator is None else generator.get_state()
     side = _warm_up_stream(torch.cuda.current_device())

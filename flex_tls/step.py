@@ -50,19 +50,21 @@ class _Step:
 class DecodeStep:
     """One forward of ``model`` over its cache, compiled whole: (token int64 [B, 1], start int64 [B]) -> logits [B, V].
 
-    ``start``: tokens that each row holds. Writes keys, values and labels at that place, and counts nothing. If the
-    cache is audited, ``queries`` are each layer's, [B, HQ, 1, D], after every call.
+    ``start``: tokens that each row holds. Writes keys, values and labels at that place, and counts nothing. Where it
+    is sparse and the cache audited, ``queries`` are each layer's, [B, HQ, 1, D], after every call.
     """
 
     def __init__(self, model: Any, cache: TLSCache, sparse: bool, options: Mapping[str, Any] | None = None) -> None:
         layers = cache.tls_layers
         rows = cache.batch_size * cache.shape.n_kv_heads
         device = next(model.parameters()).device
-        arrivals = torch.zeros(rows, dtype=torch.int32, device=device)
         queries: list[Tensor] = []
-        if cache.auditor is not None and sparse:
-            shape = (cache.batch_size, model.config.num_attention_heads, 1, cache.shape.head_dim)
-            queries = [torch.zeros(shape, dtype=cache.dtype, device=device) for _ in layers]
+        # Also under a caller's inference mode, whose tensors could not be written to outside of it
+        with torch.inference_mode(False):
+            arrivals = torch.zeros(rows, dtype=torch.int32, device=device)
+            if cache.auditor is not None and sparse:
+                shape = (cache.batch_size, model.config.num_attention_heads, 1, cache.shape.head_dim)
+                queries = [torch.zeros(shape, dtype=cache.dtype, device=device) for _ in layers]
         self.queries = queries
 
         def forward(token: Tensor, start: Tensor) -> Tensor:

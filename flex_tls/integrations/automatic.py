@@ -21,7 +21,8 @@ from ..step import DecodeStep, why_not_compiled
 
 # What ``generate`` passes for a token. Whatever else is asked for (hidden states, say), the model's own forward gives
 ARGUMENTS = {
-    "input_ids", "position_ids", "past_key_values", "attention_mask", "use_cache", "logits_to_keep", "return_dict"
+    "input_ids", "position_ids", "past_key_values", "attention_mask", "use_cache", "logits_to_keep", "return_dict",
+    "cache_position",
 }  # fmt: skip
 
 
@@ -37,13 +38,13 @@ class CompiledForward:
         self.replays: _Replays | None = None
 
     def __call__(self, **inputs: Any) -> Any:
-        """Logits [B, 1, V] are overwritten by the next call."""
+        """A compiled step's logits [B, 1, V] hold until the next call."""
         cache = inputs.get("past_key_values")
         if not isinstance(cache, TLSCache) or not _is_step(inputs):
             return self.model(**inputs)
         if self.replays is None or self.replays.cache is not cache:
             self.replays = _Replays(self.model, cache, self.options)
-        if not self.replays.can_go_on():
+        if not self.replays.can_go_on(inputs.get("position_ids")):
             return self.model(**inputs)
         logits: Any = self.replays.next(inputs["input_ids"])[:, None]
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
@@ -63,23 +64,28 @@ class _Replays:
         self.token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
         self.start = torch.zeros(cache.batch_size, dtype=torch.int64, device=device)
         self.held: list[int] = []
-        self.logits = torch.empty(0)
-        # By whether they are sparse: the step, and the queries that it leaves for an audit
-        self.steps: dict[bool, tuple[Callable[[], None], list[Tensor]]] = {}
+        # By whether they are sparse
+        self.steps: dict[bool, _Replay] = {}
 
-    def can_go_on(self) -> bool:
-        """Whether the next token can be a compiled step: there is room, and what it selects is at hand."""
+    def can_go_on(self, positions: Tensor | None) -> bool:
+        """Whether the next token can be a compiled step: there is room, and what it selects is at hand.
+
+        ``positions``, int64 [B or 1, 1], must be those of the cache.
+        """
         cache = self.cache
-        if not self.is_possible or cache.get_seq_length() >= cache.max_len:
+        if not self.is_possible or cache.get_seq_length() >= cache.max_len or min(cache.seq_lens) == 0:
             return False
         cache.fit_where_due()
         if cache.seq_lens == self.held:
             return True
-        # Nothing has run yet, or something else has
+        # Nothing has run yet, or something else has. A step counts positions on by itself, as ``generate`` does
+        lens = torch.tensor(cache.seq_lens)
+        if positions is not None and not bool((positions[:, 0].cpu() == lens).all()):
+            return False
         if not cache.prepare():
             return False
         cache.join()
-        self.start.copy_(torch.tensor(cache.seq_lens))
+        self.start.copy_(lens)
         return True
 
     def next(self, token: Tensor) -> Tensor:
@@ -89,27 +95,44 @@ class _Replays:
         sparse = max(cache.seq_lens) + 1 > cache.cfg.dense_up_to_tokens
         if sparse not in self.steps:
             self.steps[sparse] = self._build(sparse)
-        run, queries = self.steps[sparse]
-        if cache.auditor is not None:
-            cache.auditor.count_step()
-        run()
+        step = self.steps[sparse]
+        step.run()
         cache.advance(1)
         self.held = cache.seq_lens
-        if queries:
-            cache.audit(queries)
-        return self.logits
+        if cache.auditor is not None:
+            cache.auditor.count_step()
+        if step.queries:
+            cache.audit(step.queries)
+        return step.logits
 
-    def _build(self, sparse: bool) -> tuple[Callable[[], None], list[Tensor]]:
-        step = DecodeStep.of(self.model, self.cache, sparse, self.options)
+    def _build(self, sparse: bool) -> _Replay:
+        compiled = DecodeStep.of(self.model, self.cache, sparse, self.options)
+        step = _Replay(compiled.queries)
 
         def run() -> None:
-            self.logits = step(self.token, self.start, is_shown(None))
+            step.logits = compiled(self.token, self.start, is_shown(None))
             self.start += 1
 
-        if not self.token.is_cuda:
-            return run, step.queries
-        state = [self.token, self.start, *self.cache.counters]
-        return captured(run, state, rejoin=self.cache.rejoin), step.queries
+        step.run = run
+        if self.token.is_cuda:
+            state = [self.token, self.start, *self.cache.counters]
+            step.run = captured(run, state, rejoin=self.cache.rejoin)
+        return step
+
+
+class _Replay:
+    """A step that can be run again and again.
+
+    Attributes:
+        queries: what it leaves for an audit.
+        logits: [B, V], what the last run gave; a graph's are at one place.
+    """
+
+    run: Callable[[], None]
+    logits: Tensor
+
+    def __init__(self, queries: list[Tensor]) -> None:
+        self.queries = queries
 
 
 def _is_step(inputs: Mapping[str, Any]) -> bool:

@@ -9,10 +9,10 @@ mask, the cache reads padding from the 2-D mask itself.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ class _Enabled:
 
     previous: str
     handle: RemovableHandle
-    model: PreTrainedModel
+    # Attributes of the model that generates, as they were; None: of its class
+    overridden: dict[str, Any]
 
 
 def enable(model: PreTrainedModel) -> None:
@@ -48,10 +49,18 @@ def enable(model: PreTrainedModel) -> None:
     Prompts attend densely and causally; the cache's configuration says what is sparse. Until :func:`disable` the model
     needs a ``TLSCache`` in every forward. Does nothing if it is enabled already.
 
+    On CUDA ``model.generate`` decodes by a compiled, captured step, in which forward hooks of your own run only while
+    it is captured; ``disable_compile=True`` leaves it out.
+
     Raises:
-        ValueError: a model that is not supported; names it, and says what is.
+        ValueError: a model that is not supported, or the decoder inside of one that generates; names it, and says what
+            is expected.
     """
     decoder = _decoder(model)
+    if not model.can_generate():
+        raise ValueError(
+            f"model: expected one that generates (...ForCausalLM), got {type(model).__name__}; enable the whole model"
+        )
     if _state(decoder) is not None:
         return
     shape = read_model_config(model.config)
@@ -64,10 +73,12 @@ def enable(model: PreTrainedModel) -> None:
     previous = str(model.config._attn_implementation)
     model.set_attn_implementation(NAME)
     handle = decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    object.__setattr__(decoder, "_flex_tls", _Enabled(previous, handle, model))
     # What ``generate`` asks the model for where a cache is compileable
-    object.__setattr__(model, "get_compiled_call", partial(_compiled_call, model))
-    object.__setattr__(model, "create_masks_for_generate", _padding_mask)
+    own = {"get_compiled_call": _CompiledCall(model), "create_masks_for_generate": _padding_mask}
+    overridden = {name: vars(model).get(name) for name in own}
+    object.__setattr__(decoder, "_flex_tls", _Enabled(previous, handle, overridden))
+    for name, value in own.items():
+        object.__setattr__(model, name, value)
 
 
 def disable(model: PreTrainedModel) -> None:
@@ -78,9 +89,11 @@ def disable(model: PreTrainedModel) -> None:
         return
     state.handle.remove()
     object.__delattr__(decoder, "_flex_tls")
-    object.__delattr__(state.model, "get_compiled_call")
-    object.__delattr__(state.model, "create_masks_for_generate")
     model.set_attn_implementation(state.previous)
+    for name, value in state.overridden.items():
+        vars(model).pop(name, None)
+        if value is not None:
+            object.__setattr__(model, name, value)
 
 
 def end_of_sequence_ids(model: PreTrainedModel) -> list[int]:
@@ -135,9 +148,18 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _compiled_call(model: PreTrainedModel, compile_config: Any) -> CompiledForward:
-    """What ``generate`` decodes by; of transformers' ``CompileConfig`` only Inductor's options say anything."""
-    return CompiledForward(model, None if compile_config is None else compile_config.options)
+class _CompiledCall:
+    """``get_compiled_call`` of a model, which it does not keep alive; a copy of the model gets one of its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, compile_config: Any) -> CompiledForward:
+        """Of transformers' ``CompileConfig`` only Inductor's options say anything."""
+        return CompiledForward(self._model(), None if compile_config is None else compile_config.options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _CompiledCall, (self._model(),)
 
 
 def _padding_mask(*, attention_mask: Tensor, **_: Any) -> Tensor:

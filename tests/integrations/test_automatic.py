@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -119,6 +122,59 @@ def test_an_audited_cache_is_compiled_and_audited(device: str) -> None:
     found, theirs = (cache.stats().audit.audits for cache in (compiled, eager))
     assert [(x.step, x.layer) for x in found] == [(x.step, x.layer) for x in theirs] != []
     torch.testing.assert_close([x.mass for x in found], [x.mass for x in theirs], rtol=1e-3, atol=1e-3)
+
+
+def test_other_positions_are_the_model_s_own(calls: list[bool]) -> None:
+    model, inputs = enabled(), prompts(90)
+    positions = torch.arange(90)[None] * 3
+    want, got = (
+        generate(model, cache_for(model, 1), compiled=compiled, n=3, position_ids=positions, **inputs)
+        for compiled in (False, True)
+    )
+    assert torch.equal(got, want)
+    assert not calls
+
+
+@pytest.mark.parametrize("lens", [(1,), (60, 0)], ids=["one token in chunks", "a row without tokens"])
+def test_a_row_without_tokens_begins_by_the_model_s_own_forward(lens: tuple[int, ...], calls: list[bool]) -> None:
+    model = enabled()
+    inputs = {name: x[:, -max(lens) :] for name, x in prompts(*lens).items()}
+    want, got = (
+        generate(
+            model, cache_for(model, len(lens), backend="auto" if compiled else "reference"), compiled=compiled, n=4,
+            prefill_chunk_size=None if len(lens) > 1 else 8, **inputs,
+        )
+        for compiled in (False, True)
+    )  # fmt: skip
+    assert torch.equal(got, want)
+    # transformers counts the positions of a row of padding from elsewhere: it stays with the model's own forward
+    assert bool(calls) == (len(lens) == 1)
+
+
+def test_a_copied_cache_compiles_its_own_steps() -> None:
+    model, inputs = enabled(), prompts(40)
+    cache = cache_for(model, 1)
+    generate(model, cache, n=2, **inputs)
+    assert cache.compiled_steps
+    assert not copy.deepcopy(cache).compiled_steps
+
+
+def test_an_enabled_model_is_freed_and_copied_as_any_other() -> None:
+    model = enabled()
+    twin = copy.deepcopy(model)
+    assert twin.get_compiled_call(None).model is twin
+    seen = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_the_decoder_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected one that generates .* got Qwen3Model; enable the whole model"):
+        tls.enable(make("qwen3").base_model)
 
 
 def test_a_full_cache_says_so() -> None:

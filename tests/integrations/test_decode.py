@@ -104,6 +104,26 @@ def test_a_prompt_read_in_chunks_is_the_prompt(
     assert max(seen) == 23
 
 
+def test_what_is_left_of_a_prompt_attends_as_the_prompt_does() -> None:
+    model, inputs = make("qwen3"), prompts(90)
+    whole, chunked = cache_for(model, 1), cache_for(model, 1)
+    with torch.no_grad(), enabled(model):
+        want = read_prompt(model, whole, inputs["input_ids"])
+        got = read_prompt(model, chunked, inputs["input_ids"], chunk_tokens=89)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_without_tokens_is_compiled_from_its_first_token_on() -> None:
+    model, inputs = make("qwen3"), prompts(60, 0)
+    eager, compiled = cache_for(model, 2, backend="reference"), cache_for(model, 2)
+    want, got = (
+        tls.generate(model, inputs["input_ids"], attention_mask=inputs["attention_mask"], cache=cache,
+                     max_new_tokens=4, compiled=cache is compiled)
+        for cache in (eager, compiled)
+    )  # fmt: skip
+    assert torch.equal(got, want)
+
+
 def test_generate_hands_its_chunks_on() -> None:
     model, ids = make("llama"), prompts(90)["input_ids"]
     forwards: list[int] = []
