@@ -30,8 +30,10 @@ def read_prompt(
     first, n = cache.get_seq_length(), ids.shape[1]
     if chunk_tokens is None:
         chunk_tokens = max(CHUNK_TOKENS // ids.shape[0], cache.cfg.sparse_query_tokens + 1)
-    # What is left over goes with the chunk before it where it would attend sparsely by itself
-    ends = [*range(first + chunk_tokens, n - cache.cfg.sparse_query_tokens, chunk_tokens), n]
+    # What is left over goes with the chunk before it where it alone would attend sparsely
+    sparse_tokens = cache.cfg.sparse_query_tokens
+    rest = sparse_tokens if chunk_tokens > sparse_tokens else 0
+    ends = [*range(first + chunk_tokens, n - rest, chunk_tokens), n]
     with bar("reading the prompt", n - first, "tok", progress) as shown:
         for end in ends:
             logits: Tensor = model(
