@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import flex_tls as tls
+from flex_tls._check import dtype_name
 
 # What the leanest provider reads of all input sets together: five times the L2 cache of an H100
 ROTATED_BYTES = 250e6
@@ -60,7 +61,7 @@ class Case:
     def fields(self) -> dict[str, Any]:
         """What a row says of the case."""
         shape = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
-        return {**shape, "case": self.name, "dtype": str(self.dtype).removeprefix("torch.")}
+        return {**shape, "case": self.name, "dtype": dtype_name(self.dtype)}
 
     def config(self, **options: Any) -> tls.TLSConfig:
         """The case's budgets as a configuration of ours."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import flex_tls as tls
+from flex_tls._check import dtype_name
 
 from . import rows
 from .decode import TUNED
@@ -59,7 +60,7 @@ def measure(
     )  # fmt: skip
     prompt, step = (at - start for at in clock.at[1:])
     return {
-        "n_layers": model.config.num_hidden_layers, "dtype": str(model.dtype).removeprefix("torch."),
+        "n_layers": model.config.num_hidden_layers, "dtype": dtype_name(model.dtype),
         "prompt_seconds": prompt, "seconds": step,
     }  # fmt: skip
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar, get_origin, get_type_hints
 import torch
 
 from flex_tls import jsonl
+from flex_tls.device import driver_version
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -238,11 +239,8 @@ def _git_state() -> tuple[str, bool]:
 
 
 def _driver() -> str:
-    try:
-        return _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        # A container may lack the tool; the run is still worth its row
-        return "unknown"
+    # A container may lack the tool; the run is still worth its row
+    return driver_version() or "unknown"
 
 
 def _run(*command: str) -> str:

@@ -8,6 +8,11 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without the module: bfloat16, float32, ...."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_tensor(
     name: str, x: object, shape: tuple[int | None, ...], letters: str, *, like: Tensor | None = None
 ) -> None:

@@ -285,8 +285,11 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
     def prepare(self) -> bool:
         """Bring into the pools what decoding begins with; before compiled steps, eager ones do it by themselves.
 
-        False if a pool is cold: an eager step must come first, which waits for all that it selects.
+        False if an eager step must come first: a row without a token has nothing to fit an index on, and where a pool
+        is cold a step waits for all that it selects.
         """
+        if min(self.seq_lens) == 0:
+            return False
         for layer in self.offloaded_layers:
             layer.prepare()
         return all(layer.opened().is_warm for layer in self.offloaded_layers)
@@ -370,25 +373,7 @@ class TLSCache(Cache):  # type: ignore[misc,unused-ignore]
         Raises:
             ValueError: another model, no such folder, a damaged file; says which.
         """
-        found = saved.describe(path)
-        saved.check_model(found, read_model_config(model_config))
-        cfg = saved.config_of(path, found)
-        room = max_len or found["max_len"]
-        if room < found["columns"]:
-            raise ValueError(f"max_len: expected at least {found['columns']}, the saved columns, got {max_len}")
-        if offload is not None:
-            cfg = replace(cfg, sparse_from_tokens=0)
-        cache = cls(
-            model_config, cfg, batch_size=found["batch_size"], max_len=room, dtype=getattr(torch, found["dtype"]),
-            device=device, backend=backend, offload=offload,
-        )  # fmt: skip
-        try:
-            with torch.no_grad():
-                saved.fill(cache, path, found)
-        except BaseException:
-            cache.close()
-            raise
-        return cache
+        return saved.load(cls, path, model_config, max_len=max_len, device=device, backend=backend, offload=offload)
 
     def close(self) -> None:
         """Give all buffers back, page-locked host memory too; the cache is as new."""

@@ -197,8 +197,7 @@ class Loop:
         """
         cache, cfg, auditor = self.cache, self.cache.cfg, self.cache.auditor
         cache.fit_where_due()
-        if n and (min(cache.seq_lens) == 0 or not cache.prepare()):
-            # A row without a token has nothing to fit an index on; a cold pool waits for all that it selects
+        if n and not cache.prepare():
             yield from self.eager_steps(1)
             n -= 1
             cache.fit_where_due()

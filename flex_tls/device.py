@@ -1,7 +1,8 @@
-"""Where the Triton kernels run, and how the host reads what a device has computed without stalling it."""
+"""Where the Triton kernels run, by which driver, and how the host reads what a device computed without stalling it."""
 
 from __future__ import annotations
 
+import subprocess
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,6 +32,15 @@ def is_interpreted() -> bool:
     from .kernels.tiles import NATIVE
 
     return not NATIVE
+
+
+def driver_version() -> str:
+    """The GPU driver's; "" where its tool is missing, as in some containers."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.partition("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def to_host(x: Tensor) -> tuple[Tensor, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ._check import dtype_name
 from .attention import BackendUnavailable, resolve_backend
 from .cache import TLSCache
 from .cache_layer import TLSLayer
@@ -102,7 +103,7 @@ class Explanation:
             by_layer = f", {min(cfg.block_shares):g} to {max(cfg.block_shares):g} times as many by layer"
         facts = {
             "model": f"{shape.model_type}, {shape.n_layers} layers, {shape.n_kv_heads} KV heads of {shape.head_dim}",
-            "cache": f"{self.batch_size} x {self.max_len:,} tokens, {_dtype(self.dtype)} on {self.device}",
+            "cache": f"{self.batch_size} x {self.max_len:,} tokens, {dtype_name(self.dtype)} on {self.device}",
             "bytes": f"keys and values {_gb(self.kv_nbytes)}, index {_gb(self.index_nbytes)}",
             "budgets": f"{cfg.block_budget:,} tokens in blocks of {cfg.block_size}{by_layer}, {kept} attended to",
             "index": f"{cfg.index}, {index}",
@@ -223,10 +224,6 @@ def _plan(layer: TLSLayer, cache: TLSCache, context: int, device: torch.device, 
 def _index_nbytes(cache: TLSCache) -> int:
     """Bytes of one layer's index: those that have one have the same."""
     return cache.index_nbytes // sum(not cache.cfg.is_dense(i) for i in range(cache.shape.n_layers))
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _gb(n_bytes: int) -> str:

@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -23,11 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ._check import FLOATS
+from ._check import FLOATS, dtype_name
+from .attention import Backend
 from .cache_layer import TLSLayer
 from .config import TLSConfig
 from .index import KVIndex
-from .model_config import ModelShape
+from .model_config import ModelShape, read_model_config
+from .offload import OffloadConfig
 from .offloaded_layer import OffloadedLayer
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def save(cache: TLSCache, path: str | Path) -> None:
             "id": identity,
             "config": asdict(cache.cfg),
             "shape": _shape(cache.shape),
-            "dtype": _dtype_name(cache.dtype),
+            "dtype": dtype_name(cache.dtype),
             "batch_size": cache.batch_size,
             "max_len": cache.max_len,
             "columns": cache.get_seq_length(),
@@ -80,7 +82,33 @@ def save(cache: TLSCache, path: str | Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def load(
+    kind: type[TLSCache], path: str | Path, model_config: Any, *, max_len: int | None, device: torch.device | str,
+    backend: Backend, offload: OffloadConfig | None,
+) -> TLSCache:  # fmt: skip
+    """See :meth:`.cache.TLSCache.load`. What can be told beforehand is, and nothing stays open, whatever stops it."""
+    found = _describe(path)
+    _check_model(found, read_model_config(model_config))
+    cfg = _config_of(path, found)
+    room = max_len or found["max_len"]
+    if room < found["columns"]:
+        raise ValueError(f"max_len: expected at least {found['columns']}, the saved columns, got {max_len}")
+    if offload is not None:
+        cfg = replace(cfg, sparse_from_tokens=0)
+    cache = kind(
+        model_config, cfg, batch_size=found["batch_size"], max_len=room, dtype=getattr(torch, found["dtype"]),
+        device=device, backend=backend, offload=offload,
+    )  # fmt: skip
+    try:
+        with torch.no_grad():
+            _fill(cache, path, found)
+    except BaseException:
+        cache.close()
+        raise
+    return cache
+
+
+def _describe(path: str | Path) -> dict[str, Any]:
     """What ``cache.json`` says, checked.
 
     Raises:
@@ -107,7 +135,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     return result
 
 
-def check_model(found: dict[str, Any], shape: ModelShape) -> None:
+def _check_model(found: dict[str, Any], shape: ModelShape) -> None:
     """Raise ValueError unless the cache that ``found`` describes is of a model of this shape."""
     if found["shape"] != _shape(shape):
         raise ValueError(
@@ -115,7 +143,7 @@ def check_model(found: dict[str, Any], shape: ModelShape) -> None:
         )
 
 
-def config_of(path: str | Path, found: dict[str, Any]) -> TLSConfig:
+def _config_of(path: str | Path, found: dict[str, Any]) -> TLSConfig:
     """The configuration that was saved. Raises ValueError if it is none, or not that of the saved indexes."""
     file, given = Path(path) / "cache.json", found["config"]
     try:
@@ -135,7 +163,7 @@ def config_of(path: str | Path, found: dict[str, Any]) -> TLSConfig:
     return cfg
 
 
-def fill(cache: TLSCache, path: str | Path, found: dict[str, Any]) -> None:
+def _fill(cache: TLSCache, path: str | Path, found: dict[str, Any]) -> None:
     """Read the folder into ``cache``, which is empty, allocated, and made as ``found`` says.
 
     Raises:
@@ -233,7 +261,7 @@ _KEYS: dict[str, tuple[str, Callable[[Any, dict[str, Any]], bool]]] = {
     "id": ("a name that the other files bear", lambda x, _: isinstance(x, str) and x != ""),
     "config": ("TLSConfig's fields", lambda x, _: isinstance(x, dict)),
     "shape": ("layers, kv_heads, head_dim and a window or null for each layer", lambda x, _: _is_shape(x)),
-    "dtype": (f"one of {', '.join(str(x)[6:] for x in FLOATS)}", lambda x, _: x in [_dtype_name(y) for y in FLOATS]),
+    "dtype": (f"one of {', '.join(map(dtype_name, FLOATS))}", lambda x, _: x in map(dtype_name, FLOATS)),
     "batch_size": ("a number of rows, at least 1", lambda x, _: _is_count(x, 1)),
     "columns": ("a number of columns", lambda x, _: _is_count(x)),
     "max_len": ("at least columns, and 1", lambda x, of: _is_count(x, max(of["columns"], 1))),
@@ -288,10 +316,6 @@ def _name(layer_idx: int) -> str:
 
 def _marks(identity: str, name: str) -> dict[str, str]:
     return {"cache": identity, "file": name}
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _damaged(file: Path, what: str, expected: str, got: str) -> ValueError:

@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .. import __version__
+from .._check import dtype_name
 from ..attention import Backend, check_backend
+from ..device import driver_version
 from ..evaluate import rows
 from ..evaluate.documents import Document, library_files, read_dataset, read_documents
 from ..evaluate.methods import Method
@@ -104,7 +106,7 @@ def load_for_rows(
     machine = hardware()
     origin = rows.Origin(
         model=(name or "SmolLM2-135M-Instruct") + ("" if rope is None else f", RoPE {rope}"),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         device=str(machine["gpu"] if model.device.type == "cuda" else machine["cpu"]),
         flex_tls=__version__,
         torch=torch.__version__,
@@ -113,7 +115,7 @@ def load_for_rows(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         python=str(machine["python"]),
         triton=importlib.metadata.version("triton") if find_spec("triton") else "",
-        driver=_driver() if model.device.type == "cuda" else "",
+        driver=driver_version() if model.device.type == "cuda" else "",
     )
     return model, tokenizer, origin
 
@@ -149,15 +151,6 @@ def _commit() -> str:
         return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def _driver() -> str:
-    """The GPU driver's version; "" where its tool is missing, as in some containers."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.partition("\n")[0].strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def write_summary(path: Path | None, lines: Sequence[Any]) -> None:

@@ -73,7 +73,7 @@ class _Replays:
         ``positions``, int64 [B or 1, 1], must be those of the cache.
         """
         cache = self.cache
-        if not self.is_possible or cache.get_seq_length() >= cache.max_len or min(cache.seq_lens) == 0:
+        if not self.is_possible or cache.get_seq_length() >= cache.max_len:
             return False
         cache.fit_where_due()
         if cache.seq_lens == self.held:
