@@ -49,13 +49,15 @@ class TracedStep:
         self.step()
         self.clock.add_(1)
 
+    @property
+    def selection(self) -> dict[str, Any]:
+        """What rows say of it: see :class:`.rows.ModelRow`."""
+        return {"trace": "made", "overlap_1_4_16": list(self.overlap)}
+
     def figures(self) -> dict[str, Any]:
-        """What rows say of the selection and of the traffic since the pools were warm: see :class:`.rows.ModelRow`."""
+        """The same, and the traffic since the pools were warm."""
         found = offload_figures(self.cache)
-        return {
-            "trace": "made", "overlap_1_4_16": list(self.overlap), "hit_rate": found["hit_rate"],
-            "fetched_bytes": found["fetched_bytes"],
-        }  # fmt: skip
+        return {**self.selection, "hit_rate": found["hit_rate"], "fetched_bytes": found["fetched_bytes"]}
 
 
 def offloaded_step(

@@ -78,7 +78,7 @@ def measure(
         built = time.perf_counter() - start
         device = next(model.parameters()).device
         s = spread(samples({name: step}, device, runs)[name])
-        found = offload_figures(cache) | step.figures() if isinstance(step, TracedStep) else {}
+        found = offload_figures(cache) | step.selection if isinstance(step, TracedStep) else {}
         yield {
             "part": "throughput", "provider": name, "n_layers": model.config.num_hidden_layers, "B": b,
             "context": context, "block_size": cfg.block_size, "block_budget": cfg.block_budget,

@@ -147,14 +147,12 @@ def plot(
         deep = [line for line in summarise_retrieval(found) if line.depth is not None]
         if lines:
             plot_accuracy(lines, out)
+            print_ppl(lines, console)
         elif deep:
             plot_depths(deep, out)
+            print_retrieval(deep, console)
         else:
             raise ValueError(f"rows: {file} holds none of eval ppl with a sparse method, nor of eval retrieval --depth")
-    if lines:
-        print_ppl(lines, console)
-    else:
-        print_retrieval(deep, console)
 
 
 def _preset(command_name: str, methods: str, help: str) -> None:

@@ -60,9 +60,7 @@ def _ratio_interval(
     if len(values) == 1:
         return Interval(mean, float("nan"), float("nan"))
     over, under = sample[:, _drawn(len(values), n_resamples, seed)].mean(-1)
-    tail = (1 - confidence) / 2
-    low, high = (float((over / under).quantile(q)) for q in (tail, 1 - tail))
-    return Interval(mean, low, high)
+    return _percentiles(mean, over / under, confidence)
 
 
 @functools.lru_cache(maxsize=16)
@@ -83,6 +81,10 @@ def grouped_interval(
     if max(map(len, groups)) == 1:
         return Interval(mean, float("nan"), float("nan"))
     drawn = [x[torch.randint(len(x), (n_resamples, len(x)), generator=generator)].mean(-1) for x in samples]
+    return _percentiles(mean, torch.stack(drawn).mean(0), confidence)
+
+
+def _percentiles(mean: float, drawn: Tensor, confidence: float) -> Interval:
     tail = (1 - confidence) / 2
-    low, high = (float(torch.stack(drawn).mean(0).quantile(q)) for q in (tail, 1 - tail))
+    low, high = (float(drawn.quantile(q)) for q in (tail, 1 - tail))
     return Interval(mean, low, high)

@@ -109,7 +109,8 @@ def test_live_stats_are_read_no_more_often_than_they_are_shown(
     refresh_s: float, terminal: bool, reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stats, "REFRESH_S", refresh_s)
-    console = Console(force_terminal=terminal, file=io.StringIO(), width=100)
+    written = io.StringIO()
+    console = Console(force_terminal=terminal, file=written, width=100)
     n_read = 0
 
     def read() -> dict[int, LayerStats]:
@@ -120,7 +121,7 @@ def test_live_stats_are_read_no_more_often_than_they_are_shown(
     with stats.LiveStats(read, console) as live:
         for word in ("some ", "words ", "come ", "one ", "each"):
             live.show(word)
-    out = console.file.getvalue()  # type: ignore[attr-defined]
+    out = written.getvalue()
     assert n_read == reads
     assert all(text in out for text in ("some", "transfer: copy; steps: 1", "50.0%", "2.0 MB", "3.0 MB")) == terminal
     assert ("each" in out) == ("transfer: copy; steps: 5" in out) == (reads == 5)
@@ -142,14 +143,15 @@ def test_generate_with_keys_and_values_in_host_memory(
     assert "keys and values in host memory; transfer: host" in result.output
     assert {layer["transfer"] for layer in found.values()} == {"host"}
     assert "hits" in result.output
-    terminal = Console(force_terminal=True, file=io.StringIO(), width=100)
+    written = io.StringIO()
+    terminal = Console(force_terminal=True, file=written, width=100)
     monkeypatch.setattr(cli, "Console", lambda: terminal)
     monkeypatch.setattr(stats, "REFRESH_S", 0.0)
     result = runner.invoke(cli.app, [*command, "--offload", "exact", "--store-dtype", "int8", "--stats"])
     assert result.exit_code == 0, result.output
     monkeypatch.undo()
     # A table beside every token, which counts the step that compiled; the last once more as it goes, and to stay
-    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
+    shown = written.getvalue()
     assert [shown.count(f"transfer: host; steps: {n} ") for n in range(6)] == [0, 1, 1, 1, 2 + 1, 0]
     small = json.loads(out.read_text())["offload"]
     assert all(small[name]["host_bytes"] < layer["host_bytes"] / 3 for name, layer in found.items())
