@@ -19,15 +19,12 @@ if TYPE_CHECKING:
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-GROUP_REDUCE = ("softmax_mean", "max", "mean")
 
 
 def why_not_configured(cfg: TLSConfig) -> str | None:
     """What in a configuration keeps it from the fused kernels; None if nothing does."""
     if cfg.index != "lowrank":
         return f"the fused kernel scores token labels, index='lowrank', got index={cfg.index!r}"
-    if cfg.group_reduce not in GROUP_REDUCE:
-        return f"the fused kernel has no group_reduce={cfg.group_reduce!r}"
     return None
 
 

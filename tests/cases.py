@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from flex_tls import KVIndex, TLSConfig
+from flex_tls.config import GroupReduce
 
 KINDS = ("lowrank", "box", "quest", "mean", "oracle")
 
@@ -74,7 +75,7 @@ def configs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> TLSConfig:
         recent_tokens=recent,
         index=draw(st.sampled_from(kinds)),
         **draw(st.sampled_from(LABELS)),
-        group_reduce=draw(st.sampled_from(("softmax_mean", "max", "mean"))),
+        group_reduce=draw(st.sampled_from(get_args(GroupReduce))),
         block_reduce=draw(st.sampled_from(("max", "logsumexp"))),
     )
 

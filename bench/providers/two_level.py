@@ -1,18 +1,26 @@
-"""Ours: ``two_level_attention`` as a user calls it, scores, both selections and attention."""
+"""Ours: ``two_level_attention`` as a user calls it, scores, both selections and attention; and parts of it."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 import flex_tls as tls
 from flex_tls.attention import Backend, attend
+from flex_tls.fused import labels_of, launch, options_of
+from flex_tls.fused_pool import choose_blocks
 
 from ..cases import Case
 from ..inputs import InputSet, build_index
+from .attend import attention_over
 from .registry import Call, Job, Make, provider
+
+if TYPE_CHECKING:
+    from flex_tls.kernels.two_level import Work
 
 
 def _total(backend: Backend, **options: Any) -> Make:
@@ -43,3 +51,41 @@ provider("triton_mixed", "total", needs="triton")(_total("triton", label_bits=(4
 provider("triton_mixed_filter24", "total", needs="triton")(_total("triton", label_bits=(4, 2, 2, 2), filter_dims=24))
 # Level 1 alone: every token of the kept blocks
 provider("triton_blocks_only", "total", needs="triton")(_total("triton", token_budget=None))
+
+
+@provider("triton_given_blocks", "level 2 and attention", needs="triton")
+def triton_given_blocks(case: Case, sets: list[InputSet], split_kv: int | None) -> Job:
+    """The same kernel from level 2 on, inside the blocks that level 1 chose before: the rest is level 1's."""
+    from flex_tls.kernels.two_level import Work
+
+    cfg, scale = case.config(), 1 / math.sqrt(case.D)
+    calls: list[Call] = []
+    masks: list[Tensor | None] = []
+
+    def call(i: InputSet, given: Work) -> tuple[Tensor, Work]:
+        out, _, work = launch(
+            i.q, i.k, i.v, i.index.seq_lens, *labels_of(i.index), token_budget=cfg.token_budget, given=given,
+            **options_of(i.index, cfg, scale),
+        )  # fmt: skip
+        return out, work
+
+    for i in sets:
+        chosen = choose_blocks(i.q, i.index, cfg, scale, i.index.seq_lens)
+        # Blocks' keys and what comes later are not read
+        given = Work(*chosen[:5], chosen.blocks, *chosen[5:], chosen.blocks, *chosen[5:])
+        ids = call(i, given)[1].ids.view(case.B, case.HKV, -1).long()
+        masks.append(torch.zeros(case.B, case.HKV, case.S, dtype=torch.bool, device=i.q.device).scatter(2, ids, True))
+        calls.append(lambda i=i, given=given: call(i, given)[0])
+    labels = i.index.bytes_per_token * case.rows * case.block_budget
+    return Job(calls, masks, labels + case.kv_bytes(case.token_budget))
+
+
+@provider("triton_given_tokens", "attention", needs="triton")
+def triton_given_tokens(case: Case, sets: list[InputSet], split_kv: int | None) -> Job:
+    """Our attention kernel over given random tokens: what is left of both levels when choosing costs nothing."""
+    attend = attention_over(case, sets[0].q.device, case.token_budget, by_block=False)
+    calls: list[Call] = []
+    for i in sets:
+        ids = i.tokens.indices(case.token_budget).reshape(case.rows, -1).contiguous()
+        calls.append(partial(attend, i, ids, torch.full_like(ids[:, 0], case.token_budget)))
+    return Job(calls, [i.tokens.mask[:, :, 0] for i in sets], case.kv_bytes(case.token_budget))

@@ -156,26 +156,39 @@ def join_norms(parts, norms, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, PP: tl
     return tops, shares
 
 
+@triton.constexpr_function
+def is_softmax(reduce: str) -> bool:
+    """Whether ranks are shares of attention, which are never negative, and not raw scores."""
+    return reduce in ("softmax_mean", "softmax_max")
+
+
+@triton.jit
+def _with_head(rank, weight, GROUP: tl.constexpr, REDUCE: tl.constexpr):
+    """``rank`` of the heads so far with one more head's softmax, of which ``weight`` is the GROUP-th part."""
+    return rank + weight if REDUCE == "softmax_mean" else tl.maximum(rank, weight * GROUP)
+
+
 @triton.jit
 def rank_blocks(scores, tops, shares, keys, first, end, position, sinks, recent, score_stride,
                 GROUP: tl.constexpr, BN: tl.constexpr, BLOCK_SIZE: tl.constexpr, REDUCE: tl.constexpr,
                 NATIVE: tl.constexpr):  # fmt: skip
     """Keys int16 of blocks ``first`` to ``end``, BN at a time."""
+    POSITIVE: tl.constexpr = is_softmax(REDUCE)
     for start in range(first, end, BN):
         place = start + tl.arange(0, BN)
         mine = place < end
         rank = tl.full((BN,), float("-inf") if REDUCE == "max" else 0.0, tl.float32)
         for g in tl.static_range(GROUP):
             score = tl.load(scores + g * score_stride + place, mine, other=float("-inf"))
-            if REDUCE == "softmax_mean":
-                rank += _exp(score - tops[g], NATIVE) * shares[g]
+            if POSITIVE:
+                rank = _with_head(rank, _exp(score - tops[g], NATIVE) * shares[g], GROUP, REDUCE)
             elif REDUCE == "max":
                 rank = tl.maximum(rank, score)
             else:
                 rank += score / GROUP
         first_token = place * BLOCK_SIZE
         forced = (first_token < sinks) | (first_token + BLOCK_SIZE - 1 > position - recent)
-        key = make_key(rank, mine, forced, REDUCE == "softmax_mean")
+        key = make_key(rank, mine, forced, POSITIVE)
         tl.store(keys + place, key.to(tl.int16), mine)
 
 
@@ -186,6 +199,7 @@ def rank_tokens(
     REDUCE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Keys int16 of the tokens of entries ``first`` to ``end`` of ``blocks``, PER blocks at a time."""
+    POSITIVE: tl.constexpr = is_softmax(REDUCE)
     weights, shifts, sizes = load_asked(asked, base, unit, 1, W, W, BITS, GROUP)
     for start in tl.range(first, end, PER, num_stages=1):
         entry = start + tl.arange(0, PER)
@@ -198,12 +212,13 @@ def rank_tokens(
         for g in tl.static_range(GROUP):
             dot = dot_codes(words, weights, g, tl.zeros_like(words[0]), W, BITS, NATIVE)
             score = (shifts[g] + sizes[g] * dot.to(tl.float32)) * scale
-            if REDUCE == "softmax_mean":
-                rank += _exp(tl.minimum(score - tl.load(norms + 2 * g), MOST), NATIVE) * tl.load(norms + 2 * g + 1)
+            if POSITIVE:
+                weight = _exp(tl.minimum(score - tl.load(norms + 2 * g), MOST), NATIVE) * tl.load(norms + 2 * g + 1)
+                rank = _with_head(rank, weight, GROUP, REDUCE)
             elif REDUCE == "max":
                 rank = tl.maximum(rank, score)
             else:
                 rank += score / GROUP
         forced = (slot < sinks) | (slot > position - recent)
-        key = make_key(rank, slot <= position, forced, REDUCE == "softmax_mean")
+        key = make_key(rank, slot <= position, forced, POSITIVE)
         tl.store(keys + entry[:, None] * BLOCK_SIZE + inside, key.to(tl.int16), (entry < end)[:, None])

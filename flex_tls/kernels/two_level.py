@@ -11,8 +11,8 @@ one:
 4. the tokens to keep, and attention over them.
 
 The formulas: a label score approximates ``scale * q . k`` (flex_tls/labels.py); a block's rank is the mean over the
-group's heads of ``exp(best - top) / total``, the softmax over blocks; a token's is the same with its own score over the
-same ``top`` and ``total``. Source: AsyncTLS, arXiv 2604.07815.
+group's heads of ``exp(best - top) / total``, the softmax over blocks (or the largest of them); a token's is the same
+with its own score over the same ``top`` and ``total``. Source: AsyncTLS, arXiv 2604.07815.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .follow import follow
 from .keep_best import find_edge, load_words, write_list
 from .labels import channels_before, parts_before, places_of
 from .rows import leave, locate, meet, share
-from .score import join_norms, prefetch_labels, rank_blocks, rank_tokens, score_blocks
+from .score import is_softmax, join_norms, prefetch_labels, rank_blocks, rank_tokens, score_blocks
 from .tiles import NATIVE, Tiles, padded
 
 # Where blocks are kept, and the last phase
@@ -77,7 +77,7 @@ def two_level(
     arrivals += row
     # Blocks that hold something for the query; its position is negative where a row is shorter than the chunk
     n_blocks = (position + BLOCK_SIZE) // BLOCK_SIZE
-    POSITIVE: tl.constexpr = REDUCE == "softmax_mean"
+    POSITIVE: tl.constexpr = is_softmax(REDUCE)
     first, end = share(n_blocks, PROGRAMS)
     if FIRST == 0:
         ask(q, to_query, low, step, asked_bytes, base, unit, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
@@ -197,7 +197,6 @@ def launch_two_level(
     tokens of pages where that is ``clock`` int32 [B, HKV] are left to :mod:`.attend_arrived`: in place of output and
     lse come parts float32 [R, 2 * programs, G, D] and [R, 2 * programs, G], the first half of them written.
     """
-    assert group_reduce in ("softmax_mean", "max", "mean"), group_reduce
     assert block_reduce in ("max", "logsumexp"), block_reduce
     b, hq, t, d = q.shape
     _, hkv, w, s = codes.shape

@@ -62,9 +62,11 @@ def test_rows_of_who_chooses_have_denses_error_too() -> None:
         ("quest_block_budget", 256),
         ("quest_token_budget", 160),
         ("double_sparsity", 160),
+        ("triton_given_blocks", 160),
+        ("triton_given_tokens", 160),
     ],
 )
-def test_baselines_attend_exactly_to_what_they_select(name: str, tokens: int | None) -> None:
+def test_providers_attend_exactly_to_what_they_select(name: str, tokens: int | None) -> None:
     sets = make_inputs(CASE, DEVICE, 2)
     assert PROVIDERS[name].runs_here(CASE, DEVICE)
     job = PROVIDERS[name].make(CASE, sets, None)

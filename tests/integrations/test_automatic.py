@@ -101,7 +101,7 @@ def test_what_a_step_does_not_give_the_model_gives(calls: list[bool]) -> None:
 def test_what_cannot_be_compiled_runs_as_before(calls: list[bool]) -> None:
     inputs = prompts(90)
     model = enabled()
-    other = dataclasses.replace(SPARSE, group_reduce="softmax_max")
+    other = dataclasses.replace(SPARSE, index="box")
     for options in ({"backend": "reference"}, {"cfg": other}, {"audit_every": 4, "on_drift": "widen"}):
         want = generate(model, cache_for(model, 1, **options), compiled=False, **inputs)
         assert torch.equal(generate(model, cache_for(model, 1, **options), **inputs), want)

@@ -45,7 +45,7 @@ def streams(draw: st.DrawFn) -> tuple[tls.TLSConfig, tuple[int, int, int], list[
     cfg = tls.TLSConfig(
         block_size=size, block_budget=size * draw(st.integers(3, 5)), token_budget=draw(st.sampled_from((40, None))),
         sink_tokens=draw(st.integers(0, 16)), recent_tokens=draw(st.integers(1, 16)), label_dims=8, dense_layers=0,
-        sparse_query_tokens=4, group_reduce=draw(st.sampled_from(("softmax_mean", "max"))),
+        sparse_query_tokens=4, group_reduce=draw(st.sampled_from(("softmax_mean", "softmax_max", "max"))),
     )  # fmt: skip
     shape = (draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from((1, 3))))
     tokens = [draw(st.integers(20, 200)), *draw(st.lists(st.sampled_from((1, 1, 1, 2, 4, 30)), max_size=8))]
