@@ -22,7 +22,7 @@ def test_the_command_appends_rows_of_every_kernel(tmp_path: Path, capsys: pytest
     options = ["--device", DEVICE, "--quick", "--runs", "2", "--commit", "abc", "--cases", "tiniest"]
     assert main(["run", "index", *options, "--out", str(out)]) == 0
     found = rows.read(out)
-    stages = {"label_keys_eager": "build", "label_keys": "build", "append": "append", "fit": "fit"}
+    stages = {"label_keys_eager": "build", "label_keys": "build", "append": "append", "fit": "fit", "audit": "audit"}
     assert {row.provider: row.stage for row in found} == stages
     # In float32 some channel may lie on the edge of two codes
     assert all(row.rel_error < 1e-2 for row in found)
