@@ -12,9 +12,13 @@ WARM_UP = 2
 
 
 @cache
-def _warm_up_stream(device: int) -> torch.cuda.Stream:
-    """One for all calls: cuBLAS keeps some memory of its own for every stream that it has met."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call,unused-ignore]
+def _streams(device: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """(to warm up on, to capture on), for all calls: cuBLAS keeps memory of its own for every stream that it has met.
+
+    PyTorch's own stream for captures is one for all devices.
+    """
+    warm_up, capture = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call,unused-ignore]
+    return warm_up, capture
 
 
 def captured(
@@ -39,7 +43,7 @@ def _captured(
 ) -> Callable[[], None]:
     kept = [x.clone() for x in state]
     randomness = None if generator is None else generator.get_state()
-    side = _warm_up_stream(torch.cuda.current_device())
+    side, capture = _streams(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(side):
@@ -56,11 +60,14 @@ def _captured(
     if generator is not None and randomness is not None:
         generator.set_state(randomness)
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=capture):
         try:
             call()
         except BaseException:
             rejoin()
             raise
+    # Before a capture begins PyTorch sets the generator's seed and offset, on the capture's stream; a replay sets them
+    # on its own. Where others kept the device busy, the former came last: a step drew other tokens
+    torch.cuda.current_stream().wait_stream(capture)
     replay: Callable[[], None] = graph.replay
     return replay

@@ -169,7 +169,7 @@ def test_rows_end_at_their_stop_strings_as_in_eager_steps() -> None:
     assert stopped.shape[1] < free.shape[1]
 
 
-def test_a_seed_gives_the_same_tokens_again() -> None:
+def test_a_seed_gives_the_same_tokens_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("qwen3").cuda()
     ids = prompts(90)["input_ids"].cuda()
 
@@ -179,8 +179,18 @@ def test_a_seed_gives_the_same_tokens_again() -> None:
         tokens: list[int] = out[0, 90:].tolist()
         return tokens
 
-    assert run(3) == run(3)
-    assert run(3) != run(4)
+    found = run(3)
+    assert run(3) == found
+    assert run(4) != found
+    # What a capture does before it begins comes late: as on a device that others keep busy
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def late(*args: Any, **options: Any) -> None:
+        torch.cuda._sleep(10**9)
+        begin(*args, **options)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", late)
+    assert run(3) == found
 
 
 def test_tuned_and_fused_steps_give_the_same_tokens() -> None:
