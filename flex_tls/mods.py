@@ -17,11 +17,13 @@ from torch import Tensor
 ScoreMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 MaskMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+# Keys that are copied to float32 at once
+PIECE_TOKENS = 16384
+
 
 def query_positions(seq_lens: Tensor, n_query_tokens: int) -> Tensor:
     """Positions int64 [B, T] of a chunk that ends each row; negative where a row is shorter than the chunk."""
     return seq_lens[:, None] - n_query_tokens + torch.arange(n_query_tokens, device=seq_lens.device)
-
 
 def apply_mods(
     scores: Tensor, positions: Tensor, n_slots: int, score_mod: ScoreMod | None, mask_mod: MaskMod | None
@@ -54,5 +56,8 @@ def exact_scores(q: Tensor, k: Tensor, positions: Tensor, *, scale: float, mask_
     """
     b, hq, t, d = q.shape
     hkv, s = k.shape[1], k.shape[2]
-    scores = q.float().reshape(b, hkv, hq // hkv, t, d) @ k.float()[:, :, None].transpose(-1, -2) * scale
-    return apply_mods(scores, positions, s, None, mask_mod)
+    # A group's heads as rows of one product: broadcast, each of them would have a copy of the keys. And these in
+    # float32 a piece at a time
+    rows = q.float().reshape(b, hkv, hq // hkv * t, d) * scale
+    scores = torch.cat([rows @ piece.float().transpose(-1, -2) for piece in k.split(PIECE_TOKENS, 2)], -1)
+    return apply_mods(scores.view(b, hkv, hq // hkv, t, s), positions, s, None, mask_mod)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 import flex_tls as tls
 from flex_tls import attention, flex, fused
 from flex_tls.attention import attend, resolve_backend
+from flex_tls.mods import exact_scores, query_positions
 from flex_tls.reference import attention_reference
 from tests.cases import KINDS, Case, assert_as_exact, cases, make
 
@@ -202,3 +204,16 @@ def test_auto_takes_flex_with_a_users_mod(mod: str, monkeypatch: pytest.MonkeyPa
     for chosen in ({}, {mod: mods[mod]}):
         attend(case.q, case.k, case.v, case.index(), CFG, **chosen)
     assert taken == ["triton", "flex"]
+
+
+@given(case=cases(), piece=st.integers(1, 300))
+def test_exact_scores_are_the_products_of_queries_and_keys(case: Case, piece: int) -> None:
+    t, s, d = case.q.shape[2], case.k.shape[2], case.q.shape[3]
+    positions = query_positions(case.seq_lens, t)
+    with mock.patch("flex_tls.mods.PIECE_TOKENS", piece):
+        got = exact_scores(case.q, case.k, positions, scale=0.3)
+    q = case.q.double().view(case.q.shape[0], case.k.shape[1], -1, t, d)
+    want = 0.3 * torch.einsum("bhgtd,bhsd->bhgts", q, case.k.double())
+    seen = torch.arange(s) <= positions[:, :, None]
+    want = want.masked_fill(~seen[:, None, None], -torch.inf)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
