@@ -25,6 +25,7 @@ def query_positions(seq_lens: Tensor, n_query_tokens: int) -> Tensor:
     """Positions int64 [B, T] of a chunk that ends each row; negative where a row is shorter than the chunk."""
     return seq_lens[:, None] - n_query_tokens + torch.arange(n_query_tokens, device=seq_lens.device)
 
+
 def apply_mods(
     scores: Tensor, positions: Tensor, n_slots: int, score_mod: ScoreMod | None, mask_mod: MaskMod | None
 ) -> Tensor:
