@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from flex_tls.cli.figures import save
+
 from .plots import provenance
 from .rows import ModelRow, StageRow
 
@@ -70,10 +72,9 @@ def draw_all(rows: Sequence[ModelRow], stages: Sequence[StageRow], path: Path) -
     if stages:
         pictures.append(("-stages", lambda: _stages(stages)))
     written = []
-    path.parent.mkdir(parents=True, exist_ok=True)
     for ending, draw in pictures:
         target = path.with_stem(path.stem + ending)
-        draw().savefig(target, dpi=150)
+        save(draw(), target)
         written.append(target)
     return written
 

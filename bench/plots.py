@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from flex_tls.cli.figures import save
+
 from .cases import SUITES
 from .rows import Measured, ModelRow, Row
 
@@ -94,8 +96,7 @@ def draw_all(rows: Sequence[Row], path: Path) -> list[Path]:
     written = []
     for ending, draw in pictures if rows else ():
         target = path.with_stem(path.stem + ending)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draw().savefig(target, dpi=150)
+        save(draw(), target)
         written.append(target)
     return written
 

@@ -32,6 +32,7 @@ from .corpus import HALVES, KINDS, kind_of
 from .report_beside import beside_sections
 from .report_commands import text_commands
 from .report_cost import ablated_times, cost_section
+from .report_parts import parts_sections
 from .report_retrieval import retrieval_section, synthetic_section
 from .report_targets import LEAST_DOCUMENTS, RIVAL, VARIANTS, target_section
 from .report_time import time_sections
@@ -88,6 +89,7 @@ def _sections(found: Sequence[Row], pictures: Path, base: Path, results: Path) -
     yield from synthetic_section(results)
     yield from beside_sections(results)
     yield from time_sections(results, pictures, base)
+    yield from parts_sections(results)
     yield from _reproduce()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from flex_tls.cli.figures import save
 from flex_tls.cli.plots import ablations
 from flex_tls.evaluate.bootstrap import Interval
 from flex_tls.evaluate.rows import Row as EvalRow
@@ -76,7 +77,7 @@ def cost_section(found: Sequence[EvalRow], results: Path, pictures: Path, base: 
         yield f"No rows yet: `{command}` and those of the ablation.\n"
         return
     path = pictures / "cost.svg"
-    _scatter([(method, ratio, row.median_us / ours.median_us) for method, _, ratio, row, ours in points]).savefig(path)
+    save(_scatter([(method, ratio, row.median_us / ours.median_us) for method, _, ratio, row, ours in points]), path)
     yield f"![KL over time, both over ours]({markdown.link(path, base)})\n"
     yield (
         "Both over those of `ours`, which is at 1, 1. KL: SmolLM2, 1/4 and 1/8 of the context, where most tokens were "

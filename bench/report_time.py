@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from flex_tls import jsonl
+from flex_tls.cli.figures import save
 
 from .markdown import link, table
 from .model_plots import COLOURS
@@ -67,7 +68,7 @@ def _operator(results: Path, base: Path) -> Iterator[str]:
 def _steps(steps: Sequence[ModelRow], results: Path, base: Path) -> Iterator[str]:
     yield "## A step of the whole model\n"
     command = "python -m bench run decode --batch 1,4 --contexts 256,8192,98304,131072"
-    newest = {(row.gpu, row.case, row.B, row.context, row.provider): row for row in steps}
+    newest = {(row.gpu, row.case, row.n_layers, row.B, row.context, row.provider): row for row in steps}
     if not newest:
         yield f"No rows yet: `{command}`.\n"
         return
@@ -75,19 +76,19 @@ def _steps(steps: Sequence[ModelRow], results: Path, base: Path) -> Iterator[str
         "Milliseconds, the newest row of each, and the dense loop's over it where both took turns in one run, tuned "
         "over tuned. "
         f"`python -m bench run decode --batch {_listed(row.B for row in steps)} --contexts "
-        f"{_listed(row.context for row in steps)}`, with `--providers` of the table, `--model qwen3-14b`\n"
+        f"{_listed(row.context for row in steps)}`, with `--providers` of the table, `--model qwen3-14b`, "
+        "and `--layers` where it says that there were fewer\n"
     )
     yield from _picture(results / "decode.svg", base, "Milliseconds of a step over the context")
-    rows = [
-        ("GPU", "model", "rows", "tokens", "provider", "ms (p10 to p90)", "dense / this", "tokens/s", "runs", "commit")
-    ]
-    for key, row in sorted(newest.items(), key=lambda x: (x[0][:4], x[1].ms_median)):
+    rows = [("GPU", "model", "layers", "rows", "tokens", "provider", "ms (p10 to p90)", "dense / this", "tokens/s",
+             "runs", "commit")]  # fmt: skip
+    for key, row in sorted(newest.items(), key=lambda x: (x[0][:5], x[1].ms_median)):
         # Compiled with the same options
-        dense = newest.get((*key[:4], "dense_tuned" if row.provider.endswith("_tuned") else "dense"))
+        dense = newest.get((*key[:5], "dense_tuned" if row.provider.endswith("_tuned") else "dense"))
         together = dense is not None and dense.commit == row.commit and dense.provider != row.provider
         ratio = f"{dense.ms_median / row.ms_median:.2f}" if dense is not None and together else ""
         rows.append((
-            row.gpu, row.case, str(row.B), f"{row.context:,}", f"`{row.provider}`",
+            row.gpu, row.case, str(row.n_layers), str(row.B), f"{row.context:,}", f"`{row.provider}`",
             f"{row.ms_median:.2f} ({row.ms_p10:.2f} to {row.ms_p90:.2f})", ratio, f"{row.tokens_per_second:,.0f}",
             str(row.runs), row.commit[:7],
         ))  # fmt: skip
@@ -105,7 +106,8 @@ def _throughput(
     for step in steps:
         key = (step.gpu, step.context, step.provider)
         known = any(key[:2] == (row["gpu"], row["context"]) for row in rows)
-        if known and step.provider in ("dense", "two_level") and step.case == "qwen3-8b":
+        whole = step.case == "qwen3-8b" and step.n_layers == 36
+        if known and whole and step.provider in ("dense", "two_level"):
             largest[key] = max(largest.get(key, step), step, key=lambda row: (row.B, row.date))
     rows += [
         {"gpu": step.gpu, "context": step.context, "gpu_gb": None, "provider": step.provider, "B": step.B,
@@ -127,7 +129,7 @@ def _throughput(
     )
     ordered = [newest[key] for key in sorted(newest)]
     path = pictures / "throughput.svg"
-    _bars(ordered).savefig(path, dpi=150)
+    save(_bars(ordered), path)
     yield f"![Tokens a second]({link(path, base)})\n"
     lines = [("GPU", "tokens a row", "GB of GPU memory", "provider", "rows", "ms a step", "tokens/s", "times the dense",
               "hits", "MB fetched a step", "runs", "commit")]  # fmt: skip

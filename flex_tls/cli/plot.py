@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("agg")
 import matplotlib.pyplot as plt
 
 from ..evaluate.summary import PplSummary
 from ..record import Record
+from .figures import save
 
 
 def plot_record(record: Record, path: Path, title: str) -> None:
@@ -33,8 +31,7 @@ def plot_record(record: Record, path: Path, title: str) -> None:
         axis.set_title(f"layer {layer}: share of KV heads that selected a block")
     axes[-1].set_xlabel(f"block of {record.block_size} tokens")
     figure.colorbar(image, ax=list(axes[1:]), label="share of KV heads")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)
 
 
 def plot_accuracy(lines: Sequence[PplSummary], path: Path) -> None:
@@ -68,6 +65,4 @@ def plot_accuracy(lines: Sequence[PplSummary], path: Path) -> None:
         axis.minorticks_off()
     axes[0][0].set_ylabel("KL(dense || method) per token; bars 95% intervals")
     axes[0][-1].legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)

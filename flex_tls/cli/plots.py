@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("agg")
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from ..config import TLSConfig
@@ -19,6 +15,7 @@ from ..evaluate.methods import Method
 from ..evaluate.rows import AttentionRow, Row
 from ..evaluate.sets import BASE, ablation_of
 from ..evaluate.summary import PplSummary, RetrievalSummary, kl_ratio, mean_over_documents, summarise_ppl
+from .figures import save
 
 # A component, the change, the changed line, and its KL as a multiple of the base's
 Change = tuple[str, str, PplSummary, Interval]
@@ -54,7 +51,7 @@ def plot_ablation(base: PplSummary, changes: Sequence[Change], path: Path) -> No
     axis.set(xscale="log", xlabel="KL as a multiple of the unchanged configuration's; bars 95% intervals")
     assert base.config is not None
     axis.set_title(_budgets(base), fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_frontier(lines: Sequence[PplSummary], path: Path) -> None:
@@ -77,7 +74,7 @@ def plot_frontier(lines: Sequence[PplSummary], path: Path) -> None:
     axes[0].set_ylabel("KL(dense ||) per token")
     axes[1].legend(fontsize=7)
     axes[0].set_title(_budgets(lines[0]), fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def pareto(lines: Sequence[PplSummary], field: str) -> list[PplSummary]:
@@ -115,7 +112,7 @@ def plot_attention(rows: Sequence[AttentionRow], path: Path) -> None:
     axes[4].set(ylim=(len(layers) - 0.5, -0.5), xlim=(0, 1), yticks=[], xlabel="share of blocks")
     axes[4].set_title("locality: selected\nby the token before too", fontsize=9)
     figure.suptitle(f"{rows[0].method}, {rows[0].context_tokens:,} tokens, {len(rows)} documents", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_depths(lines: Sequence[RetrievalSummary], path: Path) -> None:
@@ -141,7 +138,7 @@ def plot_depths(lines: Sequence[RetrievalSummary], path: Path) -> None:
         axis.set_xlabel("tokens")
     axes[0][0].set_ylabel("depth of the needle")
     figure.colorbar(image, ax=list(axes[0]), label="score")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _kept_share(line: RetrievalSummary) -> tuple[str, int]:
@@ -159,9 +156,3 @@ def _budgets(line: PplSummary) -> str:
     kept = "all of their tokens" if tokens is None else f"{tokens:,} tokens"
     name = Path(line.model).name
     return f"{name}, {line.context_tokens:,} tokens; {blocks:,} in blocks, {kept}; {line.n_documents} documents"
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

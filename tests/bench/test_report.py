@@ -15,7 +15,7 @@ from bench.__main__ import _parser, main
 from bench.report import ACCURACY, SPEED, write_report
 from bench.report_commands import retrieval_commands, text_commands
 from bench.report_targets import target_section
-from bench.rows import ModelRow, Row
+from bench.rows import FirstTokenRow, ModelRow, Row
 from flex_tls import TLSConfig, jsonl
 from flex_tls.cli.evaluate import eval_app
 from flex_tls.cli.plots import ablations, pareto
@@ -54,6 +54,9 @@ OPERATORS = [
     operator("triton_total", 30.0, case="qwen3-8b-b1-96k-block16", commit="def"),
     # Newer, but without a dense row beside it: the run before it stays
     operator("triton_total", 10.0, commit="def"),
+    # Both levels of the first, and one level of a run without the other
+    operator("triton_given_blocks", 8.0), operator("triton_given_tokens", 5.0),
+    operator("triton_given_blocks", 8.0, commit="def"),
 ]  # fmt: skip
 STEPS = [step("dense", 10.0), step("two_level", 5.0), step("two_level_tuned", 4.0, commit="def")]
 THROUGHPUT = {
@@ -150,6 +153,17 @@ def test_a_report_has_every_section_with_rows_and_the_command_of_every_other(tmp
     jsonl.append(tmp_path / "tries.jsonl", tried)
     jsonl.append(tmp_path / "operator.jsonl", OPERATORS)
     jsonl.append(tmp_path / "decode.jsonl", STEPS)
+    indexing = [operator("label_keys", 100.0, floor_us=80.0), operator("label_keys_eager", 900.0), operator("fit", 9.0)]
+    jsonl.append(tmp_path / "index.jsonl", indexing)
+    waits = {"n_layers": 36, "context": 8192, "block_budget": 8192, "token_budget": 1024, "dtype": "bfloat16"}
+    first = [
+        FirstTokenRow(
+            bench="first-token", case="qwen3-8b", B=1, provider=name, prompt_seconds=5.0, seconds=seconds,
+            **waits, **{**MACHINE._asdict(), **ON},
+        )
+        for name, seconds in (("cold", 70.0), ("cold", 61.0), ("warm", 15.5))
+    ]  # fmt: skip
+    jsonl.append(tmp_path / "first-token.jsonl", first)
     jsonl.append(tmp_path / "offload.jsonl", OFFLOAD)
     (tmp_path / "decode.svg").write_text("<svg/>", encoding="utf-8")
     out = tmp_path / "docs" / "report.md"
@@ -177,6 +191,13 @@ def test_a_report_has_every_section_with_rows_and_the_command_of_every_other(tmp
         "| a GPU | prose | `async` | 2 | 1,024, 512 | 97.0% | 0.50% | 25% | 0.0020 | 0.0060 | 0.0050 | 128 | abc |"
         in text
     )
+    assert "| a GPU | `case` | 12.0 | 3.0 | 5.0 | 20.0 | 60% | 30 | abc |" in text
+    assert text.count("| 60% |") == 1
+    assert "| labels of the whole context, one layer | 100.0 (" in text
+    assert "| 80% | 30 | abc |" in text
+    assert "900.0" not in text
+    assert "| a GPU | qwen3-8b | 1 | 8,192 | cold | 61.0 | 5.0 | abc |" in text
+    assert "70.0" not in text
     assert "No rows yet" not in text
     for path in written[1:]:
         assert f"(report/{path.name})" in text
@@ -279,7 +300,7 @@ def test_commands_are_those_of_the_rows_and_run() -> None:
 def test_without_rows_a_report_says_how_to_get_them(tmp_path: Path) -> None:
     assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "report.md")]) == 0
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert text.count("No rows yet") == 16
+    assert text.count("No rows yet") == 19
     assert "flex-tls eval ablate out/texts --documents 24 --context-tokens 7168 --score-tokens 192" in text
 
 
