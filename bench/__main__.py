@@ -217,7 +217,8 @@ def run_synthetic(args: argparse.Namespace) -> int:
     for length in args.context:
         for seed in range(args.seeds):
             context = make_context(length, n_kv_heads=args.kv_heads, seed=seed, device=device)
-            found = [{**row, "seed": seed} for row in measure(context, args.block_budget, args.token_budget)]
+            budgets = args.block_budget, args.token_budget, args.block_size
+            found = [{**row, "seed": seed} for row in measure(context, *budgets)]
             append(args.out, machine, found)
             for row in found:
                 shares = ", ".join(f"{key} {row[key]:.3f}" for key in ("mass_tokens", "heavy_blocks", "needles"))
@@ -352,9 +353,10 @@ def _parser() -> argparse.ArgumentParser:
     options.add_machine(offload, quick=True)
     offload.set_defaults(command=run_offload)
     synthetic = run.add_parser("synthetic", help="what selections catch of planted attention, up to 256k tokens")
-    synthetic.add_argument("--context", type=options.numbers, default=[16384, 32768, 65536, 131072, 262144])
+    synthetic.add_argument("--context", type=options.numbers, default=[16384, 32768, 65536, 98304, 131072, 262144])
     synthetic.add_argument("--block-budget", type=int, default=8192)
     synthetic.add_argument("--token-budget", type=int, default=1024)
+    synthetic.add_argument("--block-size", type=int, default=32)
     synthetic.add_argument("--kv-heads", type=int, default=2)
     synthetic.add_argument("--seeds", type=int, default=3)
     synthetic.add_argument("--out", type=Path, default=ROWS.with_name("synthetic.jsonl"))

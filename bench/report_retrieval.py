@@ -72,8 +72,9 @@ def synthetic_section(results: Path) -> Iterator[str]:
     first = found[0]
     cfg = first["config"]
     options = (
-        f"--context {','.join(str(s) for s in sorted({row['S'] for row in found}))} --block-budget "
-        f"{cfg['block_budget']} --token-budget {cfg['token_budget']} --kv-heads {first['HKV']} "
+        f"--context {','.join(str(s) for s in sorted({row['S'] for row in found}))} "
+        f"--block-budget {cfg['block_budget']} --token-budget {cfg['token_budget']} "
+        f"--block-size {cfg['block_size']} --kv-heads {first['HKV']} "
         f"--seeds {len({row['seed'] for row in found})}"
     )
     yield (

@@ -110,7 +110,7 @@ def make_context(
 
 @torch.no_grad()
 def measure(
-    context: Context, block_budget: int, token_budget: int, block_size: int = 64, specs: Sequence[str] = METHODS
+    context: Context, block_budget: int, token_budget: int, block_size: int = 32, specs: Sequence[str] = METHODS
 ) -> Iterator[dict[str, Any]]:
     """A row for every method: shares of mass, heavy tokens and needles that its selection holds."""
     _, _, s, d = context.k.shape
