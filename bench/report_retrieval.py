@@ -8,6 +8,7 @@ from typing import Any
 
 from flex_tls import jsonl
 from flex_tls.cli.plots import plot_depths
+from flex_tls.evaluate.bootstrap import grouped_interval
 from flex_tls.evaluate.rows import AnswerRow, Row
 from flex_tls.evaluate.summary import summarise_losses, summarise_retrieval
 from flex_tls.evaluate.tasks import TASKS
@@ -32,6 +33,7 @@ def retrieval_section(found: Sequence[Row], pictures: Path, base: Path) -> Itera
         path = pictures / "depths.svg"
         plot_depths(lines, path)
         yield f"![Score over depth and length]({markdown.link(path, base)})\n"
+    yield from _by_index(rows)
     table = [("task", "tokens", "depth", "method", "kept", "score", "dense less this", "samples")]
     table += [
         (x.task, f"{x.length_tokens:,}", "" if x.depth is None else f"{x.depth:g}", f"`{x.method}`",
@@ -57,6 +59,33 @@ def _average(rows: Sequence[AnswerRow]) -> Iterator[str]:
         table.append((
             f"{x.length_tokens:,}", f"`{x.method}`", f"{x.kept_tokens:,}", markdown.percent(x.dense),
             markdown.percent(x.loss), str(x.n_samples), names,
+        ))  # fmt: skip
+    yield markdown.table(table)
+
+
+def _by_index(rows: Sequence[AnswerRow]) -> Iterator[str]:
+    """Needles at every depth, which all methods were asked for, by the bytes of the index."""
+    deep = [row for row in rows if row.depth is not None]
+    dense = {(row.model, row.digest): row.score for row in deep if row.config is None}
+    groups: dict[tuple[int, float, float, str], dict[str, list[tuple[float, float]]]] = {}
+    for row in deep:
+        if row.config is not None and (row.model, row.digest) in dense:
+            pair = (row.score, dense[row.model, row.digest])
+            key = (row.length_tokens, row.index_share, row.read_share, row.method)
+            groups.setdefault(key, {}).setdefault(row.task, []).append(pair)
+    if not groups:
+        return
+    yield (
+        "Needles at every depth by the bytes of the index, means of the tasks, which count alike; intervals draw "
+        "samples again within each task:\n"
+    )
+    table = [("tokens", "index, % of KV", "read, % of KV", "method", "score", "dense less this", "samples", "tasks")]
+    for (length, index, read, method), by_task in sorted(groups.items()):
+        score = grouped_interval([[mine for mine, _ in pairs] for pairs in by_task.values()])
+        loss = grouped_interval([[full - mine for mine, full in pairs] for pairs in by_task.values()])
+        table.append((
+            f"{length:,}", f"{100 * index:.1f}", f"{100 * read:.1f}", f"`{method}`", markdown.percent(score),
+            markdown.percent(loss), str(sum(map(len, by_task.values()))), ", ".join(sorted(by_task)),
         ))  # fmt: skip
     yield markdown.table(table)
 

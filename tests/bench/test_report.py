@@ -14,6 +14,7 @@ import typer
 from bench.__main__ import _parser, main
 from bench.report import ACCURACY, SPEED, write_report
 from bench.report_commands import retrieval_commands, text_commands
+from bench.report_retrieval import retrieval_section
 from bench.report_targets import target_section
 from bench.rows import FirstTokenRow, ModelRow, Row
 from flex_tls import TLSConfig, jsonl
@@ -209,6 +210,24 @@ def test_a_report_has_every_section_with_rows_and_the_command_of_every_other(tmp
     rows.append(tmp_path / "accuracy-older.jsonl", again)
     write_report(tmp_path, out)
     assert out.read_text(encoding="utf-8") == text
+
+
+def test_needles_at_chosen_depths_are_listed_by_the_bytes_of_the_index(tmp_path: Path) -> None:
+    found = [
+        *answers("single", "dense", [1, 1, 0, 1], depth=0.5, index_share=0.0),
+        *answers("single", "ours", [1, 0, 0, 1], depth=0.5, index_share=0.0625),
+        *answers("multi_key", "dense", [1], depth=1.0), *answers("multi_key", "ours", [0], depth=1.0, index_share=0.0625),
+        *answers("single", "ours:label_bits=2", [0, 0], depth=0.5, index_share=0.03125),
+        # Nobody asked dense attention, and a needle at random
+        *answers("multi_value", "ours", [0], depth=0.5), *answers("copy", "dense", [1]), *answers("copy", "ours", [0]),
+    ]  # fmt: skip
+    text = "\n".join(retrieval_section(found, tmp_path, tmp_path))
+    half = text.index(
+        "| 8,000 | 3.1 | 20.0 | `ours:label_bits=2` | 0.0% (0.0% to 0.0%) | 100.0% (100.0% to 100.0%) | 2 |"
+    )
+    whole = text.index("| 8,000 | 6.2 | 20.0 | `ours` | 25.0% (")
+    assert half < whole
+    assert re.search(r"`ours` \| 25.0% \([^|]*\| 62.5% \([^|]*\| 5 \| multi_key, single \|", text)
 
 
 def test_losses_are_means_of_tasks_over_the_samples_that_dense_answered_too() -> None:
