@@ -66,9 +66,9 @@ def draw_all(rows: Sequence[ModelRow], stages: Sequence[StageRow], path: Path) -
     steps = [row for row in rows if row.bench == "decode"]
     prompts = [row for row in rows if row.bench == "prefill"]
     if steps:
-        pictures.append(("", lambda: _curves(steps, "One decode step", "ms a step, median; whiskers p10 to p99", True)))
+        pictures.append(("", lambda: _panels(steps, "One decode step", "ms a step, median; whiskers p10 to p99", True)))
     if prompts:
-        pictures.append(("-prefill", lambda: _curves(prompts, "Reading a prompt", "tokens a second", False)))
+        pictures.append(("-prefill", lambda: _panels(prompts, "Reading a prompt", "tokens a second", False)))
     if stages:
         pictures.append(("-stages", lambda: _stages(stages)))
     written = []
@@ -79,45 +79,81 @@ def draw_all(rows: Sequence[ModelRow], stages: Sequence[StageRow], path: Path) -
     return written
 
 
-def _curves(rows: Sequence[ModelRow], title: str, label: str, steps: bool) -> Figure:
+# Panels side by side
+COLUMNS = 3
+
+
+def _panels(rows: Sequence[ModelRow], title: str, label: str, steps: bool) -> Figure:
+    """A panel for every model and batch size: curves over the context, or bars where there is one context."""
     panels = sorted({(row.case, row.n_layers, row.B) for row in rows})
-    figure = Figure(figsize=(6.4 * len(panels), 5.0), layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axes, (case, n_layers, b) in zip(grid, panels, strict=True):
+    lines = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(6.4 * min(len(panels), COLUMNS), 4.6 * lines), layout="constrained")
+    grid = figure.subplots(lines, min(len(panels), COLUMNS), squeeze=False).flatten()
+    for axes, (case, n_layers, b) in zip(grid, panels, strict=False):
         mine = [row for row in rows if (row.case, row.n_layers, row.B) == (case, n_layers, b)]
-        for provider in dict.fromkeys(row.provider for row in mine):
-            line = sorted((row for row in mine if row.provider == provider), key=lambda row: row.context)
-            y = [row.ms_median if steps else row.tokens_per_second for row in line]
-            spread = [
-                [max(0.0, row.ms_median - row.ms_p10) for row in line],
-                [max(0.0, row.ms_p99 - row.ms_median) for row in line],
-            ]
-            axes.errorbar(
-                [row.context for row in line], y, yerr=spread if steps else None, marker="o", ms=3.5, capsize=2,
-                label=f"{provider} {y[-1]:.3g}", color=COLOURS.get(provider, OTHER),
-            )  # fmt: skip
-        floors = [row.weights_floor_ms for row in mine if row.weights_floor_ms is not None]
-        if steps and floors:
-            axes.axhline(floors[-1], color="black", lw=0.8, ls=":", label="byte floor of the weights")
-        ticks = sorted({row.context for row in mine})
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xticks(ticks, [f"{s // 1024}k" if s >= 1024 else str(s) for s in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.25)
-        axes.set_xlabel("tokens cached" if steps else "tokens of the prompt")
-        axes.set_title(f"{case}, {n_layers} layers, B {b}, {mine[0].dtype}", fontsize=9)
-        axes.legend(fontsize=7)
-    grid[0].set_ylabel(label)
-    low, high = grid[0].get_ylim()
-    # Figures that differ little do not fill the picture
-    grid[0].set_ylim(low / 1.3, high * 1.3)
+        contexts = sorted({row.context for row in mine})
+        name = f"{case}, {n_layers} layers, B {b}, {mine[0].dtype}"
+        if len(contexts) > 1:
+            _curves(axes, mine, label, steps)
+            axes.set_title(name, fontsize=9)
+        else:
+            _one_context(axes, mine, label, steps)
+            axes.set_title(f"{name}, {contexts[0]:,} tokens", fontsize=9)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(provenance(rows), fontsize=7)
     return figure
+
+
+def _value(row: ModelRow, steps: bool) -> float:
+    return row.ms_median if steps else row.tokens_per_second
+
+
+def _curves(axes: Axes, rows: Sequence[ModelRow], label: str, steps: bool) -> None:
+    for provider in dict.fromkeys(row.provider for row in rows):
+        line = sorted((row for row in rows if row.provider == provider), key=lambda row: row.context)
+        y = [_value(row, steps) for row in line]
+        spread = [
+            [max(0.0, row.ms_median - row.ms_p10) for row in line],
+            [max(0.0, row.ms_p99 - row.ms_median) for row in line],
+        ]
+        axes.errorbar(
+            [row.context for row in line], y, yerr=spread if steps else None, marker="o", ms=3.5, capsize=2,
+            label=f"{provider} {y[-1]:.3g}", color=COLOURS.get(provider, OTHER),
+        )  # fmt: skip
+    floors = [row.weights_floor_ms for row in rows if row.weights_floor_ms is not None]
+    if steps and floors:
+        axes.axhline(floors[-1], color="black", lw=0.8, ls=":", label="byte floor of the weights")
+    ticks = sorted({row.context for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(ticks, [f"{s // 1024}k" if s >= 1024 else str(s) for s in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.set_xlabel("tokens cached" if steps else "tokens of the prompt")
+    axes.set_ylabel(label)
+    low, high = axes.get_ylim()
+    # Figures that differ little do not fill the picture
+    axes.set_ylim(low / 1.3, high * 1.3)
+    axes.legend(fontsize=7)
+
+
+def _one_context(axes: Axes, rows: Sequence[ModelRow], label: str, steps: bool) -> None:
+    ordered = sorted(rows, key=lambda row: _value(row, steps))
+    values = [_value(row, steps) for row in ordered]
+    bars = axes.barh(range(len(ordered)), values, color=[COLOURS.get(row.provider, OTHER) for row in ordered])
+    axes.bar_label(bars, [f"{x:.3g}" for x in values], padding=3, fontsize=8)
+    axes.set_yticks(range(len(ordered)), [row.provider for row in ordered], fontsize=8)
+    axes.invert_yaxis()
+    if values[-1] > 10 * values[0]:
+        axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_xlabel(label.partition(";")[0])
 
 
 def _stages(rows: Sequence[StageRow]) -> Figure:
