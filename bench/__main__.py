@@ -217,8 +217,8 @@ def run_synthetic(args: argparse.Namespace) -> int:
     for length in args.context:
         for seed in range(args.seeds):
             context = make_context(length, n_kv_heads=args.kv_heads, seed=seed, device=device)
-            budgets = args.block_budget, args.token_budget, args.block_size
-            found = [{**row, "seed": seed} for row in measure(context, *budgets)]
+            measured = measure(context, args.block_budget, args.token_budget, args.block_size)
+            found = [{**row, "seed": seed} for row in measured]
             append(args.out, machine, found)
             for row in found:
                 shares = ", ".join(f"{key} {row[key]:.3f}" for key in ("mass_tokens", "heavy_blocks", "needles"))

@@ -79,7 +79,7 @@ def draw_all(rows: Sequence[ModelRow], stages: Sequence[StageRow], path: Path) -
     return written
 
 
-# Panels side by side
+# Most panels side by side
 COLUMNS = 3
 
 

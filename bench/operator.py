@@ -93,7 +93,7 @@ def run_case(
             inputs="repeated" if repeat_inputs else "rotated",
             floor_us=job.must_read_bytes / bytes_per_us,
             rel_error=error,
-            rel_error_dense=dense_error(sets, job.masks) if provider.stage == "total" else None,
+            rel_error_dense=dense_error(sets, job.masks) if provider.stage != "attention" else None,
             **spread._asdict(),
             **machine._asdict(),
         )

@@ -38,10 +38,12 @@ def _levels(results: Path) -> Iterator[str]:
         yield f"No rows yet: `{command}`.\n"
         return
     yield (
-        "Microseconds of one token's attention, by what is left when a level's choice is given: level 1 reads every "
-        f"token's label, level 2 those of the kept blocks, attention the kept tokens. `{command}`\n"
+        "Microseconds of one token's attention, by what is left when a choice is given: level 1 reads every token's "
+        "label, level 2 those of the kept blocks, attention the kept tokens. Attention alone is a kernel of its own, "
+        f"with more programs: level 2's column also has what attention costs more in the fused one. `{command}`\n"
     )
-    lines = [("GPU", "case", "level 1", "level 2", "attention", "all", "level 1, of all", "runs", "commit")]
+    lines = [("GPU", "case", "level 1", "level 2 and the rest", "attention alone", "all", "level 1, of all", "runs",
+              "commit")]  # fmt: skip
     for (gpu, case, commit), found in whole.items():
         total, from_blocks, from_tokens = (found[p].median_us for p in (WHOLE, GIVEN_BLOCKS, GIVEN_TOKENS))
         lines.append((
@@ -76,14 +78,14 @@ def _first_token(results: Path) -> Iterator[str]:
     if not rows:
         yield f"No rows yet: `{command}`.\n"
         return
-    newest = {(row.gpu, row.case, row.B, row.context, row.provider): row for row in rows}
+    newest = {(row.gpu, row.case, row.n_layers, row.B, row.context, row.provider): row for row in rows}
     yield (
         "Seconds from calling `tls.generate` in a new process, the model on the device; warm: Inductor's and Triton's "
         f"caches are those of a process before it. `{command}`\n"
     )
-    lines = [("GPU", "model", "rows", "tokens", "caches", "seconds", "of them the prompt", "commit")]
+    lines = [("GPU", "model", "layers", "rows", "tokens", "caches", "seconds", "of them the prompt", "commit")]
     lines += [
-        (row.gpu, row.case, str(row.B), f"{row.context:,}", row.provider, f"{row.seconds:.1f}",
+        (row.gpu, row.case, str(row.n_layers), str(row.B), f"{row.context:,}", row.provider, f"{row.seconds:.1f}",
          f"{row.prompt_seconds:.1f}", row.commit[:7])
         for row in newest.values()
     ]  # fmt: skip

@@ -64,28 +64,34 @@ def _average(rows: Sequence[AnswerRow]) -> Iterator[str]:
 
 
 def _by_index(rows: Sequence[AnswerRow]) -> Iterator[str]:
-    """Needles at every depth, which all methods were asked for, by the bytes of the index."""
+    """Needles at chosen depths, of the questions that dense attention answered too, by the bytes of the index."""
     deep = [row for row in rows if row.depth is not None]
-    dense = {(row.model, row.digest): row.score for row in deep if row.config is None}
-    groups: dict[tuple[int, float, float, str], dict[str, list[tuple[float, float]]]] = {}
+    dense = {(row.model, row.dtype, row.digest): row.score for row in deep if row.config is None}
+    groups: dict[tuple[str, str, int, float, str], list[AnswerRow]] = {}
     for row in deep:
-        if row.config is not None and (row.model, row.digest) in dense:
-            pair = (row.score, dense[row.model, row.digest])
-            key = (row.length_tokens, row.index_share, row.read_share, row.method)
-            groups.setdefault(key, {}).setdefault(row.task, []).append(pair)
+        if row.config is not None and (row.model, row.dtype, row.digest) in dense:
+            key = (Path(row.model).name, row.dtype, row.length_tokens, row.index_share, row.method)
+            groups.setdefault(key, []).append(row)
     if not groups:
         return
     yield (
-        "Needles at every depth by the bytes of the index, means of the tasks, which count alike; intervals draw "
+        "Needles at chosen depths by the bytes of the index, means of the tasks, which count alike; intervals draw "
         "samples again within each task:\n"
     )
-    table = [("tokens", "index, % of KV", "read, % of KV", "method", "score", "dense less this", "samples", "tasks")]
-    for (length, index, read, method), by_task in sorted(groups.items()):
-        score = grouped_interval([[mine for mine, _ in pairs] for pairs in by_task.values()])
-        loss = grouped_interval([[full - mine for mine, full in pairs] for pairs in by_task.values()])
+    table = [("model", "tokens", "index, % of KV", "read, % of KV", "method", "score", "dense less this", "samples",
+              "tasks")]  # fmt: skip
+    for (model, dtype, length, index, method), found in sorted(groups.items()):
+        by_task: dict[str, list[AnswerRow]] = {}
+        for row in found:
+            by_task.setdefault(row.task, []).append(row)
+        score = grouped_interval([[row.score for row in task] for task in by_task.values()])
+        loss = grouped_interval(
+            [[dense[row.model, row.dtype, row.digest] - row.score for row in task] for task in by_task.values()]
+        )
+        read = sum(row.read_share for row in found) / len(found)
         table.append((
-            f"{length:,}", f"{100 * index:.1f}", f"{100 * read:.1f}", f"`{method}`", markdown.percent(score),
-            markdown.percent(loss), str(sum(map(len, by_task.values()))), ", ".join(sorted(by_task)),
+            f"{model}, {dtype}", f"{length:,}", f"{100 * index:.1f}", f"{100 * read:.1f}", f"`{method}`",
+            markdown.percent(score), markdown.percent(loss), str(len(found)), ", ".join(sorted(by_task)),
         ))  # fmt: skip
     yield markdown.table(table)
 

@@ -86,7 +86,8 @@ class CaseRow(Measured):
 class Row(CaseRow):
     """One provider's time."""
 
-    # "attention": the selection is given; "total": it is part of what is timed
+    # "attention": the selection is given; "total": it is part of what is timed; "level 2 and attention": level 1's is
+    # given. Of the index: "build", "fit", "append", "audit"
     stage: str
     # "rotated": no call is served from cache; "repeated": every call has the same inputs, in L2 where they fit
     inputs: str

@@ -82,7 +82,7 @@ def triton_given_blocks(case: Case, sets: list[InputSet], split_kv: int | None) 
 
 @provider("triton_given_tokens", "attention", needs="triton")
 def triton_given_tokens(case: Case, sets: list[InputSet], split_kv: int | None) -> Job:
-    """Our attention kernel over given random tokens: what is left of both levels when choosing costs nothing."""
+    """Our attention kernel over given random tokens: with tiles and programs of its own."""
     attend = attention_over(case, sets[0].q.device, case.token_budget, by_block=False)
     calls: list[Call] = []
     for i in sets:

@@ -11,7 +11,7 @@ one:
 4. the tokens to keep, and attention over them.
 
 The formulas: a label score approximates ``scale * q . k`` (flex_tls/labels.py); a block's rank is the mean over the
-group's heads of ``exp(best - top) / total``, the softmax over blocks (or the largest of them); a token's is the same
+group's heads of ``exp(best - top) / total``, the softmax over blocks, or the largest of theirs; a token's is the same
 with its own score over the same ``top`` and ``total``. Source: AsyncTLS, arXiv 2604.07815.
 """
 
@@ -197,6 +197,7 @@ def launch_two_level(
     tokens of pages where that is ``clock`` int32 [B, HKV] are left to :mod:`.attend_arrived`: in place of output and
     lse come parts float32 [R, 2 * programs, G, D] and [R, 2 * programs, G], the first half of them written.
     """
+    assert group_reduce in ("softmax_mean", "softmax_max", "max", "mean"), group_reduce
     assert block_reduce in ("max", "logsumexp"), block_reduce
     b, hq, t, d = q.shape
     _, hkv, w, s = codes.shape

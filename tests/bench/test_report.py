@@ -197,7 +197,7 @@ def test_a_report_has_every_section_with_rows_and_the_command_of_every_other(tmp
     assert "| labels of the whole context, one layer | 100.0 (" in text
     assert "| 80% | 30 | abc |" in text
     assert "900.0" not in text
-    assert "| a GPU | qwen3-8b | 1 | 8,192 | cold | 61.0 | 5.0 | abc |" in text
+    assert "| a GPU | qwen3-8b | 36 | 1 | 8,192 | cold | 61.0 | 5.0 | abc |" in text
     assert "70.0" not in text
     assert "No rows yet" not in text
     for path in written[1:]:
@@ -215,17 +215,25 @@ def test_a_report_has_every_section_with_rows_and_the_command_of_every_other(tmp
 def test_needles_at_chosen_depths_are_listed_by_the_bytes_of_the_index(tmp_path: Path) -> None:
     found = [
         *answers("single", "dense", [1, 1, 0, 1], depth=0.5, index_share=0.0),
-        *answers("single", "ours", [1, 0, 0, 1], depth=0.5, index_share=0.0625),
+        # What is read of a prompt depends on its length
+        *(
+            replace(row, read_share=0.2 + i / 100)
+            for i, row in enumerate(answers("single", "ours", [1, 0, 0, 1], depth=0.5, index_share=0.0625))
+        ),
         *answers("multi_key", "dense", [1], depth=1.0),
         *answers("multi_key", "ours", [0], depth=1.0, index_share=0.0625),
         *answers("single", "ours:label_bits=2", [0, 0], depth=0.5, index_share=0.03125),
+        # In another dtype all is lost, and dense attention too
+        *answers("single", "dense", [0], depth=0.5, dtype="bfloat16"),
+        *answers("single", "ours", [0], depth=0.5, dtype="bfloat16", index_share=0.0625),
         # Nobody asked dense attention, and a needle at random
         *answers("multi_value", "ours", [0], depth=0.5), *answers("copy", "dense", [1]), *answers("copy", "ours", [0]),
     ]  # fmt: skip
     text = "\n".join(retrieval_section(found, tmp_path, tmp_path))
     half = "| 8,000 | 3.1 | 20.0 | `ours:label_bits=2` | 0.0% (0.0% to 0.0%) | 100.0% (100.0% to 100.0%) | 2 |"
-    assert text.index(half) < text.index("| 8,000 | 6.2 | 20.0 | `ours` | 25.0% (")
+    assert text.index(f"| m, float32 {half}") < text.index("| m, float32 | 8,000 | 6.2 | 21.2 | `ours` | 25.0% (")
     assert re.search(r"`ours` \| 25.0% \([^|]*\| 62.5% \([^|]*\| 5 \| multi_key, single \|", text)
+    assert "| m, bfloat16 | 8,000 | 6.2 | 20.0 | `ours` | 0.0% | 0.0% | 1 | single |" in text
 
 
 def test_losses_are_means_of_tasks_over_the_samples_that_dense_answered_too() -> None:

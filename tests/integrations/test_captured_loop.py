@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import flex_tls as tls
+from flex_tls.capture import captured
 from flex_tls.decode import LAG, Loop
 from flex_tls.integrations.huggingface import enabled
 from flex_tls.prefill import read_prompt
@@ -169,7 +170,7 @@ def test_rows_end_at_their_stop_strings_as_in_eager_steps() -> None:
     assert stopped.shape[1] < free.shape[1]
 
 
-def test_a_seed_gives_the_same_tokens_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_seed_gives_the_same_tokens_again() -> None:
     model = make("qwen3").cuda()
     ids = prompts(90)["input_ids"].cuda()
 
@@ -179,18 +180,32 @@ def test_a_seed_gives_the_same_tokens_again(monkeypatch: pytest.MonkeyPatch) -> 
         tokens: list[int] = out[0, 90:].tolist()
         return tokens
 
-    found = run(3)
-    assert run(3) == found
-    assert run(4) != found
-    # What a capture does before it begins comes late: as on a device that others keep busy
+    assert run(3) == run(3)
+    assert run(3) != run(4)
+
+
+def test_a_replay_draws_what_the_generator_says_however_late_the_capture_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before a capture PyTorch sets a registered generator's seed and offset, on the capture's stream."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    torch.rand(1, device="cuda", generator=generator)
+    same = generator.clone_state()
+    x = torch.zeros(8, device="cuda")
     begin = torch.cuda.CUDAGraph.capture_begin
 
     def late(*args: Any, **options: Any) -> None:
-        torch.cuda._sleep(10**9)
+        torch.cuda._sleep(5 * 10**8)
         begin(*args, **options)
 
+    def draw() -> None:
+        # A replay has set them on its own stream by then, and the capture's come, if nothing orders the two
+        torch.cuda._sleep(2 * 10**9)
+        x.copy_(torch.rand(8, device="cuda", generator=generator))
+
     monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", late)
-    assert run(3) == found
+    captured(draw, [x], generator)()
+    assert torch.equal(x, torch.rand(8, device="cuda", generator=same))
 
 
 def test_tuned_and_fused_steps_give_the_same_tokens() -> None:
