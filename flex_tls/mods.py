@@ -60,5 +60,6 @@ def exact_scores(q: Tensor, k: Tensor, positions: Tensor, *, scale: float, mask_
     # A group's heads as rows of one product: broadcast, each of them would have a copy of the keys. And these in
     # float32 a piece at a time
     rows = q.float().reshape(b, hkv, hq // hkv * t, d) * scale
-    scores = torch.cat([rows @ piece.float().transpose(-1, -2) for piece in k.split(PIECE_TOKENS, 2)], -1)
+    pieces = (k[:, :, first : first + PIECE_TOKENS] for first in range(0, s, PIECE_TOKENS))
+    scores = torch.cat([rows @ piece.float().transpose(-1, -2) for piece in pieces], -1)
     return apply_mods(scores.view(b, hkv, hq // hkv, t, s), positions, s, None, mask_mod)
