@@ -16,6 +16,7 @@ from flex_tls.evaluate.summary import PplSummary, kl_ratio, summarise_ppl
 from . import markdown
 from .report_commands import text_commands
 from .report_targets import pair_of
+from .tries.rows import level1_bytes
 
 # Tries on fewer documents than this are in the rows alone
 LEAST_DOCUMENTS = 8
@@ -115,7 +116,7 @@ def _tries(results: Path) -> Iterator[str]:
         "`--block-budget 1/8 --token-budget 1/16` where the table says so.\n"
     )
     table = [("try", "block size", "blocks, tokens", "KL", "times `ours`", "on `confirming`", "bytes of a label",
-              "blocks kept", "documents")]  # fmt: skip
+              "at level 1", "blocks kept", "documents")]  # fmt: skip
     for (blocks, tokens, size, name), rows in groups.items():
         if len(rows) < LEAST_DOCUMENTS:
             continue
@@ -125,7 +126,8 @@ def _tries(results: Path) -> Iterator[str]:
         table.append((
             f"`{name}`", str(size), f"{blocks:,}, {tokens}", f"{mean['kl']:.4f}",
             *("1" if name == BASE else markdown.interval(_ratio(x, ours), 2) if x else "" for x in (rows, held)),
-            str(next(iter(rows.values()))["label_bytes"]), f"{mean['kept_blocks']:.1f}", str(len(rows)),
+            str(next(iter(rows.values()))["label_bytes"]), f"{level1_bytes(next(iter(rows.values()))):g}",
+            f"{mean['kept_blocks']:.1f}", str(len(rows)),
         ))  # fmt: skip
     yield markdown.table(table)
 
