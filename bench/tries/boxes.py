@@ -113,5 +113,6 @@ def box_scores(
     base = (base + (exact - unit * whole) * (labels.levels / 2))[..., :channels].sum(-1, keepdim=True)
     whole = whole[..., :channels]
     codes = labels.unpack(labels.codes, whole.shape[-1]).float()
-    least, most = codes.unflatten(-1, (-1, block_size)).aminmax(dim=-1)
-    return base + unit * (whole @ (least + most) + radius * (whole.abs() @ (most - least))) / 2
+    least, most = codes.view(*codes.shape[:-1], -1, block_size).aminmax(dim=-1)
+    scores: Tensor = base + unit * (whole @ (least + most) + radius * (whole.abs() @ (most - least))) / 2
+    return scores
