@@ -16,6 +16,7 @@ from flex_tls.evaluate.summary import PplSummary, kl_ratio, summarise_ppl
 from . import markdown
 from .report_commands import text_commands
 from .report_targets import pair_of
+from .tries.rows import level1_bytes
 
 # Tries on fewer documents than this are in the rows alone
 LEAST_DOCUMENTS = 8
@@ -102,30 +103,31 @@ def _tries(results: Path) -> Iterator[str]:
     if not found:
         yield f"No rows yet: `{command}`.\n"
         return
-    groups: dict[tuple[int, int, int, str], dict[str, dict[str, Any]]] = {}
+    groups: dict[tuple[int, int, int, int, str], dict[str, dict[str, Any]]] = {}
     for row in found:
         cfg = row["config"]
-        key = (cfg["block_budget"], cfg["token_budget"], cfg["block_size"], row["try"])
+        key = (row["context_tokens"], cfg["block_budget"], cfg["token_budget"], cfg["block_size"], row["try"])
         groups.setdefault(key, {})[row["digest"]] = row
     first = found[0]
     yield (
         f"Patches over the package (`bench/README.md` names them): KL over that of `ours` on the same documents, at "
-        f"least {LEAST_DOCUMENTS}; {first['context_tokens']:,} tokens of context, {first['score_tokens']} scored. "
-        f"`{command} --context {first['context_tokens']} --scored {first['score_tokens']}`, with `--block-size 16` and "
-        "`--block-budget 1/8 --token-budget 1/16` where the table says so.\n"
+        f"least {LEAST_DOCUMENTS}; {first['score_tokens']} tokens scored. "
+        f"`{command} --context {first['context_tokens']} --scored {first['score_tokens']}`, with `--context 7168`, "
+        "`--block-size 16` and `--block-budget 1/8 --token-budget 1/16` where the table says so.\n"
     )
-    table = [("try", "block size", "blocks, tokens", "KL", "times `ours`", "on `confirming`", "bytes of a label",
-              "blocks kept", "documents")]  # fmt: skip
-    for (blocks, tokens, size, name), rows in groups.items():
+    table = [("try", "context", "block size", "blocks, tokens", "KL", "times `ours`", "on `confirming`",
+              "bytes of a label", "at level 1", "blocks kept", "documents")]  # fmt: skip
+    for (context, blocks, tokens, size, name), rows in groups.items():
         if len(rows) < LEAST_DOCUMENTS:
             continue
-        ours = groups[blocks, tokens, size, BASE]
+        ours = groups[context, blocks, tokens, size, BASE]
         held = {digest: row for digest, row in rows.items() if row["half"] == "confirming"}
         mean = {field: sum(row[field] for row in rows.values()) / len(rows) for field in ("kl", "kept_blocks")}
         table.append((
-            f"`{name}`", str(size), f"{blocks:,}, {tokens}", f"{mean['kl']:.4f}",
+            f"`{name}`", f"{context:,}", str(size), f"{blocks:,}, {tokens}", f"{mean['kl']:.4f}",
             *("1" if name == BASE else markdown.interval(_ratio(x, ours), 2) if x else "" for x in (rows, held)),
-            str(next(iter(rows.values()))["label_bytes"]), f"{mean['kept_blocks']:.1f}", str(len(rows)),
+            str(next(iter(rows.values()))["label_bytes"]), f"{level1_bytes(next(iter(rows.values()))):g}",
+            f"{mean['kept_blocks']:.1f}", str(len(rows)),
         ))  # fmt: skip
     yield markdown.table(table)
 

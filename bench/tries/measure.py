@@ -23,6 +23,7 @@ from flex_tls.record import Recorder
 from flex_tls.selection import BlockSelection, TokenSelection
 
 from ..corpus import HALVES
+from .boxes import NAMES, Boxes
 from .labels import MixedLabels, Width, bytes_of, widths
 from .rows import BASE
 from .rules import BUDGETS, BY_LAYER, Rule, Sharing
@@ -32,7 +33,7 @@ BITS = (
     "32x4", "64x2", "16x8", "40x3", "4x8+24x4", "8x8+16x4", "8x8+8x4+16x2", "24x4+16x2", "16x4+32x2",
     "16x4", "32x2", "20x3", "4x8+8x4", "8x4+10x3", "12x4+8x2", "8x4+16x2",
 )  # fmt: skip
-SETS = {"bits": BITS, "blocks": (*BUDGETS[:8], *BY_LAYER), "tokens": BUDGETS[8:]}
+SETS = {"bits": BITS, "blocks": (*BUDGETS[:8], *BY_LAYER), "tokens": BUDGETS[8:], "prefilter": NAMES}
 
 # The prompt's last queries, by which budgets are shared out
 MEASURED_QUERIES = 64
@@ -40,10 +41,11 @@ MEASURED_QUERIES = 64
 
 @dataclass(frozen=True)
 class Try(Method):
-    """Ours with other labels, a rule for a budget, both, or neither."""
+    """Ours with other labels, a rule for a budget, both, or neither; or with a filter before level 1."""
 
     labels: tuple[Width, ...] | None = None
     rule: Rule | None = None
+    boxes: Boxes | None = None
 
 
 def make_tries(specs: Sequence[str], cfg: TLSConfig) -> list[Try]:
@@ -54,6 +56,8 @@ def make_tries(specs: Sequence[str], cfg: TLSConfig) -> list[Try]:
 
 def _make_try(name: str, cfg: TLSConfig) -> Try:
     made = Try(name, cfg)
+    if name.startswith("boxes"):
+        return replace(made, boxes=Boxes.parse(name))
     for change in name.split("/"):
         if change == "oracle":
             made = replace(made, cfg=replace(cfg, index="oracle"))
@@ -108,6 +112,8 @@ class Prompt(Prefilled):
                 recorder = self.kept = Kept()
                 if method.labels is not None:
                     stack.enter_context(patch.object(index, "TokenLabels", MixedLabels.of(method.labels)))
+                if method.boxes is not None:
+                    stack.enter_context(method.boxes.patched())
             step = stack.enter_context(super().decoding(method, recorder))
             if isinstance(method, Try) and method.rule is not None:
                 assert method.cfg is not None
@@ -140,6 +146,7 @@ def measure(
                 "document": document.name, "digest": document.digest, "half": half, "context_tokens": context_tokens,
                 "score_tokens": ids.shape[1] - context_tokens,
                 "label_bytes": _label_bytes(method, made[0].head_dim),
+                "level1_bytes": _level1_bytes(method, made[0].head_dim, context_tokens),
                 "kept_blocks": blocks, "kept_tokens": tokens, "kl": score.kl, "nll": score.nll,
                 "nll_dense": score.nll_dense, "agreement": score.agreement,
             }  # fmt: skip
@@ -153,3 +160,12 @@ def _label_bytes(method: Try, head_dim: int) -> int:
     return (
         2 * head_dim if method.cfg.index == "oracle" else label_bytes(method.cfg, method.cfg.label_channels, head_dim)
     )
+
+
+def _level1_bytes(method: Try, head_dim: int, context_tokens: int) -> float:
+    """What level 1 reads for a token of the context."""
+    label_bytes = _label_bytes(method, head_dim)
+    if method.boxes is None:
+        return float(label_bytes)
+    assert method.cfg is not None
+    return method.boxes.level1_bytes(method.cfg, head_dim, context_tokens // method.cfg.block_size, label_bytes)

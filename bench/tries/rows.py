@@ -31,12 +31,18 @@ def _row(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def level1_bytes(row: dict[str, Any]) -> float:
+    """What level 1 reads for a token of the context; whole labels in rows from before this was a field."""
+    return float(row.get("level1_bytes", row["label_bytes"]))
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, a line a budget and try: KL, and its ratio to ours on the same documents, with 95 % intervals."""
     head = (
         "blocks of, blocks, tokens",
         "try",
         "label bytes",
+        "at level 1",
         "kept blocks",
         "kept tokens",
         "KL",
@@ -63,6 +69,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{cfg['block_size']}, {cfg['block_budget']:,}, {cfg['token_budget']:,}",
                 f"`{key[-1]}`",
                 str(next(iter(found.values()))["label_bytes"]),
+                f"{level1_bytes(next(iter(found.values()))):g}",
                 *(f"{x:.1f}" for x in kept),
                 f"{kl.mean:.4f} ({kl.low:.4f}-{kl.high:.4f})",
                 *ratios,

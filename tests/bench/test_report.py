@@ -180,7 +180,10 @@ def test_a_report_has_every_section_with_rows_and_the_command_of_every_other(tmp
     assert "| a GPU | `other` |" not in text
     assert re.search(r"`filter_dims=16` \|.*\| cpu \| 0.95 \(a GPU, abc\) \|", text)
     assert re.search(r"`ours:filter_dims=16` \|.*\| 8 \| 19.0 \| 20.0 \| 0.95 \| a GPU \| abc \|", text)
-    assert "| `32x4` | 32 | 1,024, 512 | 0.0100 | 0.50 (0.50-0.50) | 0.50 (0.50-0.50) | 16 | 32.0 | 8 |" in text
+    assert (
+        "| `32x4` | 3,072 | 32 | 1,024, 512 | 0.0100 | 0.50 (0.50-0.50) | 0.50 (0.50-0.50) | 16 | 16 | 32.0 | 8 |"
+        in text
+    )
     assert "`16x4`" not in text
     assert "--tokens 4224 --pool 2 --block-budget 1024 --token-budget 512 --providers async --texts 'prose'`" in text
     assert re.search(r"`block_size=16` \|.*\|  \|", text)
