@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from flex_tls import TLSConfig, selection
 from flex_tls.index import KVIndex
 from flex_tls.labels import TokenLabels
-from flex_tls.mods import MaskMod, ScoreMod, query_positions
+from flex_tls.mods import query_positions
 
 NAMES = ("boxes", "boxes:x2", "boxes:x4")
 _GRAMMAR = re.compile(r"boxes(?::x(\d+(?:\.\d+)?))?(?::r(\d*\.?\d+))?(?::c(\d+))?")
@@ -81,16 +82,9 @@ class Boxes:
         """Inside, :func:`flex_tls.selection.select` sees no label of a block that is not left."""
         whole = selection.level_scores
 
-        def level_scores(
-            q: Tensor,
-            index: KVIndex,
-            cfg: TLSConfig,
-            score_mod: ScoreMod | None,
-            mask_mod: MaskMod | None,
-            scale: float | None,
-        ) -> tuple[Tensor, Tensor]:
-            scores, few = whole(q, index, cfg, score_mod, mask_mod, scale)
-            left = self.keep(q, index, cfg, few, scale)[:, :, None].repeat_interleave(cfg.block_size, dim=-1)
+        def level_scores(q: Tensor, index: KVIndex, cfg: TLSConfig, *mods_and_scale: Any) -> tuple[Tensor, Tensor]:
+            scores, few = whole(q, index, cfg, *mods_and_scale)
+            left = self.keep(q, index, cfg, few, mods_and_scale[-1])[:, :, None].repeat_interleave(cfg.block_size, -1)
             return scores.masked_fill(~left, -torch.inf), few.masked_fill(~left, -torch.inf)
 
         with patch.object(selection, "level_scores", level_scores):
