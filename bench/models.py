@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-# hidden, inner, layers, heads, KV heads, head dimension, vocabulary
+
+class Sizes(NamedTuple):
+    """Of a Qwen3 model."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
 SIZES = {
-    "qwen3-8b": (4096, 12288, 36, 32, 8, 128, 151936),
-    "qwen3-14b": (5120, 17408, 40, 40, 8, 128, 151936),
-    "tiny": (64, 96, 3, 6, 2, 16, 97),
+    "qwen3-8b": Sizes(4096, 12288, 36, 32, 8, 128, 151936),
+    "qwen3-14b": Sizes(5120, 17408, 40, 40, 8, 128, 151936),
+    "tiny": Sizes(64, 96, 3, 6, 2, 16, 97),
 }
 
 

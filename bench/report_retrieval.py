@@ -8,7 +8,6 @@ from typing import Any
 
 from flex_tls import jsonl
 from flex_tls.cli.plots import plot_depths
-from flex_tls.evaluate.bootstrap import grouped_interval
 from flex_tls.evaluate.rows import AnswerRow, Row
 from flex_tls.evaluate.summary import summarise_losses, summarise_retrieval
 from flex_tls.evaluate.tasks import TASKS
@@ -65,14 +64,8 @@ def _average(rows: Sequence[AnswerRow]) -> Iterator[str]:
 
 def _by_index(rows: Sequence[AnswerRow]) -> Iterator[str]:
     """Needles at chosen depths, of the questions that dense attention answered too, by the bytes of the index."""
-    deep = [row for row in rows if row.depth is not None]
-    dense = {(row.model, row.dtype, row.digest): row.score for row in deep if row.config is None}
-    groups: dict[tuple[str, str, int, float, str], list[AnswerRow]] = {}
-    for row in deep:
-        if row.config is not None and (row.model, row.dtype, row.digest) in dense:
-            key = (Path(row.model).name, row.dtype, row.length_tokens, row.index_share, row.method)
-            groups.setdefault(key, []).append(row)
-    if not groups:
+    lines = summarise_losses(rows, at_depths=True)
+    if not lines:
         return
     yield (
         "Needles at chosen depths by the bytes of the index, means of the tasks, which count alike; intervals draw "
@@ -80,19 +73,12 @@ def _by_index(rows: Sequence[AnswerRow]) -> Iterator[str]:
     )
     table = [("model", "tokens", "index, % of KV", "read, % of KV", "method", "score", "dense less this", "samples",
               "tasks")]  # fmt: skip
-    for (model, dtype, length, index, method), found in sorted(groups.items()):
-        by_task: dict[str, list[AnswerRow]] = {}
-        for row in found:
-            by_task.setdefault(row.task, []).append(row)
-        score = grouped_interval([[row.score for row in task] for task in by_task.values()])
-        loss = grouped_interval(
-            [[dense[row.model, row.dtype, row.digest] - row.score for row in task] for task in by_task.values()]
-        )
-        read = sum(row.read_share for row in found) / len(found)
-        table.append((
-            f"{model}, {dtype}", f"{length:,}", f"{100 * index:.1f}", f"{100 * read:.1f}", f"`{method}`",
-            markdown.percent(score), markdown.percent(loss), str(len(found)), ", ".join(sorted(by_task)),
-        ))  # fmt: skip
+    table += [
+        (f"{Path(x.model).name}, {x.dtype}", f"{x.length_tokens:,}", f"{100 * x.index_share:.1f}",
+         f"{100 * x.read_share:.1f}", f"`{x.method}`", markdown.percent(x.score), markdown.percent(x.loss),
+         str(x.n_samples), ", ".join(x.tasks))
+        for x in sorted(lines, key=lambda x: (x.model, x.dtype, x.length_tokens, x.index_share, x.method))
+    ]  # fmt: skip
     yield markdown.table(table)
 
 

@@ -13,6 +13,7 @@ from flex_tls.cli.figures import save
 
 from .markdown import link, table
 from .model_plots import COLOURS
+from .models import SIZES
 from .rows import ModelRow, Row, read
 
 # Columns of the operator's table; ratios are to the first
@@ -106,7 +107,7 @@ def _throughput(
     for step in steps:
         key = (step.gpu, step.context, step.provider)
         known = any(key[:2] == (row["gpu"], row["context"]) for row in rows)
-        whole = step.case == "qwen3-8b" and step.n_layers == 36
+        whole = step.case == "qwen3-8b" and step.n_layers == SIZES[step.case].layers
         if known and whole and step.provider in ("dense", "two_level"):
             largest[key] = max(largest.get(key, step), step, key=lambda row: (row.B, row.date))
     rows += [

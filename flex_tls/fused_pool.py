@@ -140,8 +140,7 @@ def attend_slots(
     """Level 2 and attention over a pool: output and log-sum-exp or, given ``arrived``, :class:`Resident`'s fields."""
     from .kernels.two_level import Work
 
-    # Blocks' keys and what comes later are not read
-    given = Work(asked, base, unit, scores, norms, blocks, blocks, counts, blocks, blocks, counts)
+    given = Work.given(asked, base, unit, scores, norms, blocks, counts)
     out, lse, work = launch(
         q, slots[..., 0, :], slots[..., 1, :], seq_lens, codes, to_query, low, step, arrivals, bits=tuple(bits),
         block_size=block_size, kept_blocks=kept_blocks, token_budget=token_budget, sinks=sinks, recent=recent,

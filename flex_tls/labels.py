@@ -156,6 +156,19 @@ class TokenLabels:
         row, token = (torch.arange(k.shape[2], device=k.device) < counts[:, None]).nonzero(as_tuple=True)
         self.codes[row, :, :, position[row, token]] = codes[row, :, :, token]
 
+    def ask(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries q [B, HKV, R, D] ask: float32 base [B, HKV, R, C], unit [B, HKV, R, 1], asked [B, HKV, R, C].
+
+        Over any channels, codes c score ``base.sum() + unit * (asked . c)``; ``asked`` are whole numbers of 8 bits.
+        """
+        exact = q.float() @ self.to_query
+        base = exact * self.low[:, :, None]
+        exact = exact * self.step[:, :, None]
+        unit = (exact.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
+        asked = (exact / unit + 0.5).floor()
+        # What rounding takes from a channel, given back for the middle code: scores err around the truth, not beside it
+        return base + (exact - unit * asked) * (self.levels / 2), unit, asked
+
     def scores(self, q: Tensor, dims: int | None = None) -> Tensor:
         """Approximate ``q . (k - center)`` of every slot. q [B, HKV, R, D] -> float32 [B, HKV, R, S].
 
@@ -167,15 +180,9 @@ class TokenLabels:
         """
         if self.words is None:
             return q.float() @ self.codes
-        asked = q.float() @ self.to_query
-        base = asked * self.low[:, :, None]
-        asked = asked * self.step[:, :, None]
-        unit = (asked.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
-        exact, asked = asked, (asked / unit + 0.5).floor()
+        base, unit, asked = self.ask(q)
         # Inductor stores what as_strided takes: else its C++ loop would divide and round again for every token
         asked = asked.as_strided(asked.shape, asked.stride())
-        # What rounding takes from a channel, given back for the middle code: scores err around the truth, not beside it
-        base = base + (exact - unit * asked) * (self.levels / 2)
         base = base[..., :dims].sum(-1, keepdim=True)
         n_channels = asked.shape[-1] if dims is None else min(dims, asked.shape[-1])
         # Sums of integers below 2**24, exact in float32 and faster than in int32

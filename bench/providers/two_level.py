@@ -70,9 +70,7 @@ def triton_given_blocks(case: Case, sets: list[InputSet], split_kv: int | None) 
         return out, work
 
     for i in sets:
-        chosen = choose_blocks(i.q, i.index, cfg, scale, i.index.seq_lens)
-        # Blocks' keys and what comes later are not read
-        given = Work(*chosen[:5], chosen.blocks, *chosen[5:], chosen.blocks, *chosen[5:])
+        given = Work.given(*choose_blocks(i.q, i.index, cfg, scale, i.index.seq_lens))
         ids = call(i, given)[1].ids.view(case.B, case.HKV, -1).long()
         masks.append(torch.zeros(case.B, case.HKV, case.S, dtype=torch.bool, device=i.q.device).scatter(2, ids, True))
         calls.append(lambda i=i, given=given: call(i, given)[0])

@@ -99,14 +99,9 @@ def box_scores(
     Of what a query asks, a, in the labels' own rounding: ``a . middle + radius * |a| . half-width``. With radius 1 and
     all channels never below the best of :meth:`TokenLabels.scores` in the block, not by one bit: sums of integers.
     """
-    asked = q.float() @ labels.to_query
-    base = asked * labels.low[:, :, None]
-    exact = asked * labels.step[:, :, None]
-    unit = (exact.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
-    whole = (exact / unit + 0.5).floor()
-    base = (base + (exact - unit * whole) * (labels.levels / 2))[..., :channels].sum(-1, keepdim=True)
-    whole = whole[..., :channels]
-    codes = labels.unpack(labels.codes, whole.shape[-1]).float()
+    base, unit, asked = labels.ask(q)
+    base, asked = base[..., :channels].sum(-1, keepdim=True), asked[..., :channels]
+    codes = labels.unpack(labels.codes, asked.shape[-1]).float()
     least, most = codes.view(*codes.shape[:-1], -1, block_size).aminmax(dim=-1)
-    scores: Tensor = base + unit * (whole @ (least + most) + radius * (whole.abs() @ (most - least))) / 2
+    scores: Tensor = base + unit * (asked @ (least + most) + radius * (asked.abs() @ (most - least))) / 2
     return scores

@@ -81,23 +81,29 @@ class RetrievalSummary:
 
 @dataclass(frozen=True)
 class LossSummary:
-    """One method over the tasks of one length, needles at random places.
+    """One method over the tasks of one length, needles at random places or at chosen depths.
 
     Attributes:
+        index_share, read_share: of the keys' and values' bytes, means over samples.
         tasks: those that dense attention and the method answered.
         n_samples: of all tasks together.
         dense: dense attention's score on these samples, mean of the tasks.
+        score: the method's.
         loss: dense attention's score less the method's, mean of the tasks, which count alike.
     """
 
     model: str
+    dtype: str
     length_tokens: int
     method: str
     config: dict[str, Any]
     kept_tokens: int
+    index_share: float
+    read_share: float
     tasks: tuple[str, ...]
     n_samples: int
     dense: Interval
+    score: Interval
     loss: Interval
 
 
@@ -165,14 +171,19 @@ def summarise_retrieval(rows: Sequence[Row]) -> list[RetrievalSummary]:
     return lines
 
 
-def summarise_losses(rows: Sequence[Row], tasks: Collection[str] | None = None) -> list[LossSummary]:
-    """A line for each model, length and sparse method of retrieval, over ``tasks`` or all; by length."""
+def summarise_losses(
+    rows: Sequence[Row], tasks: Collection[str] | None = None, *, at_depths: bool = False
+) -> list[LossSummary]:
+    """A line for each model, length and sparse method of retrieval, over ``tasks`` or all; by length.
+
+    ``at_depths``: of needles at chosen depths, all depths together, instead of those at random places.
+    """
     found = [
         row
         for row in rows
         if isinstance(row, AnswerRow)
         and row.eval == "retrieval"
-        and row.depth is None
+        and (row.depth is not None) == at_depths
         and row.task in (tasks or [row.task])
     ]
     dense = {(row.model, row.dtype, row.digest): row.score for row in found if row.config is None}
@@ -187,13 +198,17 @@ def summarise_losses(rows: Sequence[Row], tasks: Collection[str] | None = None) 
         lines.append(
             LossSummary(
                 first.model,
+                first.dtype,
                 first.length_tokens,
                 first.method,
                 first.config,
                 _kept(first.config, first.length_tokens),
+                sum(row.index_share for row in group) / len(group),
+                sum(row.read_share for row in group) / len(group),
                 tuple(task[0].task for task in by_task),
                 len(group),
                 grouped_interval(full),
+                grouped_interval([[row.score for row in task] for task in by_task]),
                 grouped_interval(lost),
             )
         )

@@ -179,6 +179,13 @@ class Work(NamedTuple):
     ids: Tensor
     counts: Tensor
 
+    @classmethod
+    def given(
+        cls, asked: Tensor, base: Tensor, unit: Tensor, scores: Tensor, norms: Tensor, blocks: Tensor, counts: Tensor
+    ) -> Work:
+        """What level 1 left, to go on from: blocks' keys and what comes later are not read."""
+        return cls(asked, base, unit, scores, norms, blocks, blocks, counts, blocks, blocks, counts)
+
 
 def launch_two_level(
     q: Tensor, k: Tensor | None, v: Tensor | None, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor,
