@@ -10,8 +10,8 @@ import dataclasses
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 import flex_tls as tls
 from flex_tls._check import dtype_name
+from flex_tls.integrations.projections import FUSED
 
 from .offloaded import During, TracedStep, no_residency, no_side_stream, offloaded_step
 from .rows import Machine, ModelRow
@@ -30,6 +31,9 @@ ROOM_TOKENS = 256
 TUNED = {"coordinate_descent_tuning": True}
 # What torch.compile's mode "max-autotune" sets
 AUTOTUNED = {"max_autotune": True, **TUNED}
+# Inductor's kernels are set up while the one before still runs, as ours are
+OVERLAPPED = {"triton.enable_pdl": True}
+SKINNY = {"skinny": True}
 
 
 class Bed:
@@ -37,6 +41,10 @@ class Bed:
 
     def __init__(self, model: Any, cfg: tls.TLSConfig, batch_size: int, longest: int) -> None:
         self.model, self.device = model, next(model.parameters()).device
+        self._fused: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
+        # Weights are laid once as fused projections want them: steps that are captured point to where they lie
+        with self.projections({}):
+            pass
         options: Any = {"batch_size": batch_size, "max_len": longest + ROOM_TOKENS}
         self.sparse = tls.TLSCache(model.config, cfg, dtype=model.dtype, device=self.device, **options)
         fill(self.sparse, longest)
@@ -52,6 +60,29 @@ class Bed:
         """Cut both caches; contexts come from long to short."""
         for cache in (self.sparse, self.dense):
             cache.crop(context)
+
+    @contextmanager
+    def projections(self, options: Mapping[str, Any] | None) -> Iterator[None]:
+        """The model with its projections fused as ``options`` say, None for not: while a step is built.
+
+        The second time it is the same objects again, for which a step was compiled.
+        """
+        if options is None:
+            yield
+            return
+        held = self._fused.get(repr(options))
+        if held is None:
+            tls.fuse_projections(self.model, **options)
+            held = self._fused[repr(options)] = [
+                (module, {name: vars(module)[name] for name in (FUSED, "forward")})
+                for module in self.model.modules() if FUSED in vars(module)
+            ]  # fmt: skip
+        for module, attributes in held:
+            vars(module).update(attributes)
+        try:
+            yield
+        finally:
+            tls.unfuse_projections(self.model)
 
     def buffers(self, length: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [B, HKV, length, D] of every layer, views."""
@@ -120,11 +151,14 @@ def _transformers_default(bed: Bed) -> Step:
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
-    """A way to decode. ``dense``: every layer is; ``fused``: projections are; ``copies``: of all keys and values."""
+    """A way to decode. ``dense``: every layer is; ``copies``: of all keys and values.
+
+    ``fused``: arguments of ``tls.fuse_projections``, None where projections stay single.
+    """
 
     make: Callable[[Bed], Step]
     dense: bool = False
-    fused: bool = False
+    fused: Mapping[str, Any] | None = None
     copies: int = 0
 
 
@@ -134,8 +168,16 @@ PROVIDERS = {
     "dense_tuned": Provider(lambda bed: _ours(bed, dense=True, options=TUNED), dense=True),
     "two_level_tuned": Provider(lambda bed: _ours(bed, options=TUNED)),
     "two_level_autotuned": Provider(lambda bed: _ours(bed, options=AUTOTUNED)),
-    "two_level_fused": Provider(_ours, fused=True),
-    "two_level_fused_tuned": Provider(lambda bed: _ours(bed, options=TUNED), fused=True),
+    "two_level_fused": Provider(_ours, fused={}),
+    "two_level_fused_tuned": Provider(lambda bed: _ours(bed, options=TUNED), fused={}),
+    "two_level_skinny": Provider(_ours, fused=SKINNY),
+    "dense_skinny": Provider(lambda bed: _ours(bed, dense=True), dense=True, fused=SKINNY),
+    "two_level_overlapped": Provider(lambda bed: _ours(bed, options=OVERLAPPED)),
+    "two_level_skinny_overlapped": Provider(lambda bed: _ours(bed, options=OVERLAPPED), fused=SKINNY),
+    "dense_skinny_overlapped": Provider(
+        lambda bed: _ours(bed, dense=True, options=OVERLAPPED), dense=True, fused=SKINNY
+    ),
+    "dense_overlapped": Provider(lambda bed: _ours(bed, dense=True, options=OVERLAPPED), dense=True),
     "offload_async": Provider(lambda bed: _offloaded(bed, policy="async")),
     "offload_async_int8": Provider(lambda bed: _offloaded(bed, policy="async", store_dtype="int8")),
     "offload_corrected": Provider(lambda bed: _offloaded(bed, policy="corrected")),
@@ -175,9 +217,10 @@ def build(
         print(f"  building {name}", flush=True)
         start = time.perf_counter()
         try:
-            step = PROVIDERS[name].make(bed)
-            for _ in range(3):
-                step()
+            with bed.projections(PROVIDERS[name].fused):
+                step = PROVIDERS[name].make(bed)
+                for _ in range(3):
+                    step()
             steps[name] = step
         except Exception:  # noqa: BLE001 - one provider that cannot run must not cost the others their figures
             traceback.print_exc()

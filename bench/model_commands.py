@@ -90,30 +90,21 @@ def run_decode(args: argparse.Namespace) -> int:
                     print(f"skipping B={b} {context}: {error}", flush=True)
                     continue
             bed.set_context(context)
-            # Fused projections move the weights, which captured steps point to: those are timed after the others
-            for fused in (False, True):
-                group = [name for name in todo if PROVIDERS[name].fused is fused]
-                if not group:
-                    continue
-                print(f"{args.model} B={b} {context} tokens{', projections fused' * fused}", flush=True)
-                if fused:
-                    tls.fuse_projections(run.model)
-                found, steps, failed = measure(bed, args.model, group, args.runs, run.machine, run.floor_ms, run.until)
-                run.add(found, failed)
-                if args.profile and bed.device.type == "cuda":
-                    where = args.out.with_name(f"{args.out.stem}-stages.jsonl")
-                    for name in steps:
-                        if not name.startswith("transformers"):
-                            kernels = profile(steps[name], profiled_steps)
-                            row = stage_row(
-                                kernels, profiled_steps, args.model, b, run.n_layers, context, name, run.machine
-                            )
-                            rows.append(where, [row])
-                            print(f"  {name}, us: {_listed(row.stage_us)}", flush=True)
-                del steps
-                if fused:
-                    tls.unfuse_projections(run.model)
-                _release()
+            print(f"{args.model} B={b} {context} tokens", flush=True)
+            found, steps, failed = measure(bed, args.model, todo, args.runs, run.machine, run.floor_ms, run.until)
+            run.add(found, failed)
+            if args.profile and bed.device.type == "cuda":
+                where = args.out.with_name(f"{args.out.stem}-stages.jsonl")
+                for name in steps:
+                    if not name.startswith("transformers"):
+                        kernels = profile(steps[name], profiled_steps)
+                        row = stage_row(
+                            kernels, profiled_steps, args.model, b, run.n_layers, context, name, run.machine
+                        )
+                        rows.append(where, [row])
+                        print(f"  {name}, us: {_listed(row.stage_us)}", flush=True)
+            del steps
+            _release()
             run.end()
         del bed
         torch._dynamo.reset()

@@ -17,7 +17,7 @@ STAGES = (
     ("full attention", r"^attend|fmha|flash|sdpa"),
     (
         "matrix products",
-        r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitk|dot_kernel|reduce_1Block|triton_tem|_mm(_|$)|addmm",
+        r"^skinny|gemm|gemv|cutlass|cublas|nvjet|xmma|splitk|dot_kernel|reduce_1Block|triton_tem|_mm(_|$)|addmm",
     ),
     ("norms, rotary, activations", r"^triton_"),
 )

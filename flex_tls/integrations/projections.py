@@ -1,7 +1,8 @@
-"""``fuse_projections``: projections of one input as one matrix product, for fewer and longer streams of weights."""
+"""``fuse_projections``: projections of one input as one product, and steps' products by a kernel for few rows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,18 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..skinny import skinny_linear, why_not_skinny
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
 # Names of siblings that a Hugging Face decoder applies to the same input
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FUSED = "_flex_tls_product"
 
 
 class _Product:
-    """The one matrix product of siblings. Weights [sum of their rows, columns]; holds an input until all have read."""
+    """The product of siblings, or of one alone. Weights [sum of rows, columns]; holds an input until all have read."""
 
-    def __init__(self, parts: list[nn.Linear]) -> None:
+    def __init__(self, parts: list[nn.Linear], linear: Linear) -> None:
+        self.linear = linear
         self.sizes = [part.out_features for part in parts]
-        self.weight = torch.cat([part.weight.data for part in parts])
-        self.bias = torch.cat([part.bias.data for part in parts]) if parts[0].bias is not None else None
+        self.weight = _joined([part.weight.data for part in parts])
+        self.bias = _joined([part.bias.data for part in parts]) if parts[0].bias is not None else None
         # The parameters stay, as views: a state dict is as before, and no weight is held twice
         for part, rows in zip(parts, _split(self.weight, self.sizes, 0), strict=True):
             part.weight.data = rows
@@ -34,7 +40,7 @@ class _Product:
         """Part ``i`` of the product with x [..., columns]; computed for the first part that asks."""
         if self._input is not x or self._outputs[i] is None:
             self._input = x
-            self._outputs = list(_split(F.linear(x, self.weight, self.bias), self.sizes, -1))
+            self._outputs = list(_split(self.linear(x, self.weight, self.bias), self.sizes, -1))
         out = self._outputs[i]
         assert out is not None
         self._outputs[i] = None
@@ -43,33 +49,43 @@ class _Product:
         return out
 
 
-def fuse_projections(model: nn.Module) -> int:
+def fuse_projections(model: nn.Module, *, skinny: bool = False) -> int:
     """Compute q, k, v, and gate and up projections of every layer as one matrix product each; returns how many.
 
     In place; the same sums, though a longer product may add in another order. Weights are laid behind each other, one
     layer at a time, and held once: parameters become views and keep their names. :func:`unfuse_projections` undoes it.
-    For inference: do not move or cast the model while it is fused.
+    For inference: do not move or cast the model while it is fused. Fused again, weights stay where they are.
+
+    Args:
+        model: a transformers decoder.
+        skinny: compute every ``nn.Linear`` of the model, the LM head's too, by a kernel that reads weights as fast as
+            memory gives them, where up to 4 rows (B * T) meet it: decode steps. More rows meet PyTorch's product.
+            Needs CUDA with compute capability 9.0, bfloat16, float16 or float32.
 
     Raises:
-        ValueError: nothing to fuse: no plain ``nn.Linear`` siblings (quantised weights, another model, fused already).
+        ValueError: nothing to fuse: no plain ``nn.Linear`` siblings (quantised weights, another model, fused already);
+            ``skinny`` where its kernel cannot run (says why). The model is as it was.
     """
-    n = 0
-    for module in model.modules():
-        for names in SIBLINGS:
-            parts: list[Any] = [getattr(module, name, None) for name in names]
-            if all(type(part) is nn.Linear and FUSED not in vars(part) for part in parts) and _alike(parts):
-                product = _Product(parts)
-                for i, part in enumerate(parts):
-                    # An attribute of this one module: no class is patched
-                    object.__setattr__(part, FUSED, product)
-                    object.__setattr__(part, "forward", partial(product.take, i=i))
-                n += 1
-    if not n:
+    families = [parts for module in model.modules() for names in SIBLINGS if (parts := _siblings(module, names))]
+    if not families:
         raise ValueError(
             f"model: expected layers with {' or '.join(map('/'.join, SIBLINGS))} as torch.nn.Linear, found none in "
             f"{type(model).__name__}; quantised weights cannot be fused, and a model is fused once"
         )
-    return n
+    if skinny:
+        taken = {id(part) for parts in families for part in parts}
+        linears = (part for part in model.modules() if isinstance(part, nn.Linear))
+        families += [[part] for part in linears if _is_plain(part) and id(part) not in taken]
+        for part in (part for parts in families for part in parts):
+            if obstacle := why_not_skinny(part.weight):
+                raise ValueError(f"skinny: its kernel cannot run on this model: {obstacle}; leave it out")
+    for parts in families:
+        product = _Product(parts, skinny_linear if skinny else F.linear)
+        for i, part in enumerate(parts):
+            # An attribute of this one module: no class is patched
+            object.__setattr__(part, FUSED, product)
+            object.__setattr__(part, "forward", partial(product.take, i=i))
+    return len(families)
 
 
 def unfuse_projections(model: nn.Module) -> int:
@@ -83,10 +99,36 @@ def unfuse_projections(model: nn.Module) -> int:
     return len(products)
 
 
+def _siblings(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear]:
+    """The parts of one product; empty where they are not all there, or not alike."""
+    parts: list[Any] = [getattr(module, name, None) for name in names]
+    return parts if all(map(_is_plain, parts)) and _alike(parts) else []
+
+
+def _is_plain(module: Any) -> bool:
+    return type(module) is nn.Linear and FUSED not in vars(module) and module.weight.device.type != "meta"
+
+
 def _split(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
     return x.split(sizes, dim=dim)  # type: ignore[no-untyped-call,no-any-return,unused-ignore]
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Parts behind each other; copied, unless they lie so already, as they do after :func:`unfuse_projections`."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or not part.is_contiguous() or not _share(part, first):
+            return torch.cat(parts)
+        end += part.nbytes
+    n = sum(part.shape[0] for part in parts)
+    return first.as_strided((n, *first.shape[1:]), first.stride())
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are views of one storage."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def _alike(parts: list[nn.Linear]) -> bool:
     kinds = {(part.in_features, part.weight.dtype, part.weight.device, part.bias is None) for part in parts}
-    return len(kinds) == 1 and parts[0].weight.device.type != "meta"
+    return len(kinds) == 1

@@ -1,4 +1,4 @@
-"""Fused projections compute what the single ones did, and leave no trace when they are undone."""
+"""Fused projections and skinny products compute what the single ones did, and leave no trace when undone."""
 
 from __future__ import annotations
 
@@ -6,10 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import flex_tls as tls
+from flex_tls.device import is_interpreted
+from flex_tls.skinny import skinny_linear, skinny_product
+from tests.cases import assert_as_exact
 from tests.integrations.models import make, prompts
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = is_interpreted()
+needs_kernel = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="its kernel needs a GPU, or TRITON_INTERPRET=1"
+)
 
 
 @torch.no_grad()
@@ -58,6 +70,109 @@ def test_siblings_are_one_matrix_product_in_a_traced_layer() -> None:
     (graph,) = graphs
     products = [node for node in graph.graph.nodes if node.target is torch._C._nn.linear]
     assert len(products) == 2
+
+
+@needs_kernel
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_skinny_products_give_the_same_logits_and_undo(family: str) -> None:
+    """Of every projection, the head's too; a long prompt's rows are too many, and meet PyTorch's product."""
+    model = make(family).to(DEVICE)
+    ids = torch.arange(70, device=DEVICE)[None] % 50
+
+    def run() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [model(ids[:, :n]).logits for n in (1, 4, 5, 70)]
+
+    want = run()
+    n_layers = len(model.base_model.layers)
+    assert tls.fuse_projections(model, skinny=True) == 4 * n_layers + 1
+    for got, each in zip(run(), want, strict=True):
+        torch.testing.assert_close(got, each, rtol=1e-5, atol=1e-5)
+    assert tls.unfuse_projections(model) == 4 * n_layers + 1
+    # Weights lie elsewhere now, for which cuBLAS may take another way
+    for got, each in zip(run(), want, strict=True):
+        torch.testing.assert_close(got, each, rtol=1e-5, atol=1e-5)
+
+
+def test_fused_again_weights_stay_where_they_are() -> None:
+    model = make("qwen2")
+    before = {name: x.data_ptr() for name, x in model.named_parameters()}
+    tls.fuse_projections(model)
+    once = {name: x.data_ptr() for name, x in model.named_parameters()}
+    assert once != before
+    tls.unfuse_projections(model)
+    tls.fuse_projections(model)
+    assert {name: x.data_ptr() for name, x in model.named_parameters()} == once
+
+
+def test_a_compiled_step_follows_what_projections_are() -> None:
+    """A cache keeps its compiled step, whether or not projections were fused when it was made."""
+    model = make("llama")
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    products: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        products.append(sum(node.target is torch._C._nn.linear for node in graph.graph.nodes))
+        return graph
+
+    torch._dynamo.reset()
+    step = torch.compile(lambda: model(token, use_cache=False).logits, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        want = step()
+        tls.fuse_projections(model)
+        torch.testing.assert_close(step(), want, rtol=1e-5, atol=1e-5)
+        tls.unfuse_projections(model)
+        assert torch.equal(step(), want)
+    single, fused = products
+    assert single - fused == 3 * len(model.base_model.layers)
+
+
+@needs_kernel
+@settings(max_examples=20)
+@given(st.data())
+def test_skinny_linear_is_linear(data: st.DataObject) -> None:
+    """Any sizes, of any dtype, with and without a bias; rows of a wider tensor, and of a batch."""
+    rows = data.draw(st.sampled_from(((1,), (2, 1), (3,), (2, 2), (1, 4), (5,), (0,))))
+    n, k = data.draw(st.integers(1, 70)), data.draw(st.sampled_from((1, 8, 40, 200, 1032, 4096)))
+    dtype = data.draw(st.sampled_from((torch.float32, torch.float16, *(() if DEVICE == "cpu" else (torch.bfloat16,)))))
+    gen = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    draw = lambda *shape: torch.randn(*shape, generator=gen).to(DEVICE, dtype)  # noqa: E731
+    weight = draw(n, k + 8)[:, :k]
+    x, bias = draw(*rows, 2 * k)[..., k:], draw(n) if data.draw(st.booleans()) else None
+    got = skinny_linear(x, weight, bias)
+    wide = None if bias is None else bias.double()
+    truth = nn.functional.linear(x.double(), weight.double(), wide)
+    assert got.shape == truth.shape
+    if got.numel():
+        assert_as_exact(got, nn.functional.linear(x, weight, bias), truth)
+
+
+@needs_kernel
+def test_skinny_product_is_an_op_that_torch_compile_can_trace() -> None:
+    x, weight = torch.randn(3, 64, device=DEVICE), torch.randn(5, 64, device=DEVICE)
+    for bias in (None, torch.randn(5, device=DEVICE)):
+        torch.library.opcheck(skinny_product, (x, weight, bias))
+
+
+def test_skinny_linear_leaves_gradients_to_torch() -> None:
+    x, weight = torch.randn(1, 8), torch.randn(3, 8, requires_grad=True)
+    skinny_linear(x, weight, None).sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="here it can run")
+def test_skinny_products_that_cannot_run_here_are_refused_and_nothing_is_changed() -> None:
+    model = make("llama")
+    with pytest.raises(ValueError, match=r"skinny: its kernel cannot run .* its kernels need a CUDA device"):
+        tls.fuse_projections(model, skinny=True)
+    assert tls.unfuse_projections(model) == 0
+
+
+def test_skinny_products_refuse_another_dtype() -> None:
+    model = make("llama").double()
+    with pytest.raises(ValueError, match=r"skinny: .* it takes bfloat16, float16 and float32, got torch.float64"):
+        tls.fuse_projections(model, skinny=True)
+    assert tls.unfuse_projections(model) == 0
 
 
 def test_an_interrupted_layer_leaves_nothing_behind() -> None:
