@@ -75,7 +75,7 @@ def _steps(steps: Sequence[ModelRow], results: Path, base: Path) -> Iterator[str
         return
     yield (
         "Milliseconds, the newest row of each, and the dense loop's over it where both took turns in one run, tuned "
-        "over tuned. "
+        "over tuned and skinny over skinny. "
         f"`python -m bench run decode --batch {_listed(row.B for row in steps)} --contexts "
         f"{_listed(row.context for row in steps)}`, with `--providers` of the table, `--model qwen3-14b`, "
         "and `--layers` where it says that there were fewer\n"
@@ -84,8 +84,7 @@ def _steps(steps: Sequence[ModelRow], results: Path, base: Path) -> Iterator[str
     rows = [("GPU", "model", "layers", "rows", "tokens", "provider", "ms (p10 to p90)", "dense / this", "tokens/s",
              "runs", "commit")]  # fmt: skip
     for key, row in sorted(newest.items(), key=lambda x: (x[0][:5], x[1].ms_median)):
-        # Compiled with the same options
-        dense = newest.get((*key[:5], "dense_tuned" if row.provider.endswith("_tuned") else "dense"))
+        dense = next((newest[x] for name in _baselines(row.provider) if (x := (*key[:5], name)) in newest), None)
         together = dense is not None and dense.commit == row.commit and dense.provider != row.provider
         ratio = f"{dense.ms_median / row.ms_median:.2f}" if dense is not None and together else ""
         rows.append((
@@ -94,6 +93,14 @@ def _steps(steps: Sequence[ModelRow], results: Path, base: Path) -> Iterator[str
             str(row.runs), row.commit[:7],
         ))  # fmt: skip
     yield table(rows)
+
+
+def _baselines(provider: str) -> tuple[str, ...]:
+    """Dense steps of the same products and options, the nearest first."""
+    if "_skinny" in provider:
+        nearest = "dense_skinny_overlapped" if provider.endswith("_overlapped") else "dense_skinny"
+        return nearest, "dense_skinny"
+    return ("dense_tuned",) if provider.endswith("_tuned") else ("dense",)
 
 
 def _throughput(
