@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from . import cases, model_commands, options, rows
+from .models import SIZES
 from .plots import table
 
 ROWS = rows.ROOT / "bench" / "results" / "operator.jsonl"
@@ -135,6 +136,24 @@ def run_index(args: argparse.Namespace) -> int:
             for row in found:
                 share = row.floor_us / row.median_us
                 print(f"{name} {row.provider}: {row.median_us:.1f} us, {share:.0%} of the bandwidth", flush=True)
+    return 0
+
+
+def run_products(args: argparse.Namespace) -> int:
+    """Measure a step's matrix products and append rows."""
+    from .products import measure
+    from .timing import read_bytes_per_us
+
+    device, machine = _where(args)
+    bytes_per_us = read_bytes_per_us(device)
+    print(f"read bandwidth, measured: {bytes_per_us / 1e6:.3f} TB/s", flush=True)
+    with torch.no_grad():
+        for m in args.rows:
+            for row in measure(args.model, m, device, machine, args.runs, bytes_per_us):
+                rows.append(args.out, [row])
+                share = row.floor_us / row.median_us
+                what = f"{args.model} {m} rows, {row.product}, {row.provider}"
+                print(f"{what}: {row.median_us:.1f} us, {share:.0%} of the bandwidth", flush=True)
     return 0
 
 
@@ -334,6 +353,13 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--out", type=Path, help="rows file, appended to (default bench/results/index.jsonl)")
     options.add_machine(index, quick=True)
     index.set_defaults(command=run_index)
+    products = run.add_parser("products", help="a step's matrix products: few rows of inputs, a model's weights")
+    products.add_argument("--model", choices=tuple(SIZES), default="qwen3-8b")
+    products.add_argument("--rows", type=options.numbers, default=[1, 2, 4, 8], help="of inputs: B * T")
+    products.add_argument("--runs", type=int, default=20, help="samples per provider, at least 2")
+    products.add_argument("--out", type=Path, default=ROWS.with_name("products.jsonl"), help="rows file, appended to")
+    options.add_machine(products)
+    products.set_defaults(command=run_products)
     offload = run.add_parser("offload", help="the offload engine: link, overlap, steps with real locality, quality")
     offload.add_argument("--parts", default="link,overlap,steps", help=",".join(OFFLOAD_PARTS))
     offload.add_argument("--batch", type=options.numbers, default=[1, 4], help="steps: batch sizes")

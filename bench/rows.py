@@ -98,6 +98,23 @@ class Row(CaseRow):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProductRow(Measured):
+    """One matrix product of a step of model ``case``: B rows of inputs, ``K`` long, with weights [N, K]."""
+
+    product: str
+    N: int
+    K: int
+    dtype: str
+    median_us: float
+    p10_us: float
+    p90_us: float
+    runs: int
+    rel_error: float
+    # Bytes of the weights over the read bandwidth measured in the same run
+    floor_us: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelRow(Measured):
     """One provider's time for a whole model: a decode step (bench "decode") or a prompt (bench "prefill").
 
