@@ -17,24 +17,31 @@ def why_not_skinny(weight: Tensor) -> str | None:
     """What keeps a product with ``weight`` from the kernel; None if nothing does."""
     if weight.dtype not in DTYPES:
         return f"it takes bfloat16, float16 and float32, got {weight.dtype}"
+    if weight.stride(1) != 1:
+        return f"it reads weights along contiguous columns, got strides {weight.stride()}"
     return why_not_here(weight.device)
 
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(x [..., K], weight [N, K], bias [N])``, by the kernel where x has up to ``MOST_ROWS`` rows.
 
-    Summed in float32, in another order than by ``F.linear``, which takes all other inputs, and those with gradients.
+    Summed in float32, in another order than by ``F.linear``, which takes all other inputs: more rows, what asks for
+    gradients or for autocasting, and what does not fit, for its errors.
     """
-    rows = x.numel() // max(1, x.shape[-1])
-    if not 0 < rows <= MOST_ROWS or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+    k = x.shape[-1]
+    rows = x.numel() // max(1, k)
+    fits = (x.dtype, x.device, k) == (weight.dtype, weight.device, weight.shape[1])
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not fits or learns or not 0 < rows <= MOST_ROWS or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
-    out: Tensor = skinny_product(x.reshape(rows, x.shape[-1]), weight, bias)
+    x_rows = x.reshape(rows, k)
+    out: Tensor = skinny_product(x_rows if x_rows.stride(1) == 1 else x_rows.contiguous(), weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op("flex_tls::skinny_product", mutates_args=())
 def skinny_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Product x [M, K] @ weight [N, K]^T + bias [N] -> [M, N]."""
+    """Product x [M, K] @ weight [N, K]^T + bias [N] -> [M, N], columns contiguous."""
     from .kernels.skinny import launch_skinny_product
 
     # Triton launches on the current device, which need not be the tensors'

@@ -106,7 +106,10 @@ def _siblings(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear]:
 
 
 def _is_plain(module: Any) -> bool:
-    return type(module) is nn.Linear and FUSED not in vars(module) and module.weight.device.type != "meta"
+    """A linear layer of plain weights that nobody has given another forward, as accelerate does to move weights."""
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    return type(module.weight.data) is Tensor and module.weight.device.type != "meta"
 
 
 def _split(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:

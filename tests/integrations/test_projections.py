@@ -138,7 +138,9 @@ def test_skinny_linear_is_linear(data: st.DataObject) -> None:
     gen = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     draw = lambda *shape: torch.randn(*shape, generator=gen).to(DEVICE, dtype)  # noqa: E731
     weight = draw(n, k + 8)[:, :k]
-    x, bias = draw(*rows, 2 * k)[..., k:], draw(n) if data.draw(st.booleans()) else None
+    x = draw(*rows, 2 * k)
+    x = x[..., ::2] if data.draw(st.booleans()) else x[..., k:]
+    bias = draw(n) if data.draw(st.booleans()) else None
     got = skinny_linear(x, weight, bias)
     wide = None if bias is None else bias.double()
     truth = nn.functional.linear(x.double(), weight.double(), wide)
@@ -154,10 +156,36 @@ def test_skinny_product_is_an_op_that_torch_compile_can_trace() -> None:
         torch.library.opcheck(skinny_product, (x, weight, bias))
 
 
-def test_skinny_linear_leaves_gradients_to_torch() -> None:
-    x, weight = torch.randn(1, 8), torch.randn(3, 8, requires_grad=True)
+def test_skinny_linear_leaves_gradients_autocasting_and_errors_to_torch() -> None:
+    x, weight = torch.randn(1, 8, device=DEVICE), torch.randn(3, 8, device=DEVICE, requires_grad=True)
     skinny_linear(x, weight, None).sum().backward()
     assert weight.grad is not None
+    weight = weight.detach()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert skinny_linear(x, weight, None).dtype == torch.bfloat16
+    for other in (x.half(), x[:, :7]):
+        with pytest.raises(RuntimeError):
+            skinny_linear(other, weight, None)
+
+
+@needs_kernel
+def test_skinny_products_refuse_weights_that_do_not_lie_in_rows() -> None:
+    model = make("llama").to(DEVICE)
+    layer = model.base_model.layers[0].mlp.down_proj
+    layer.weight.data = layer.weight.data.T.contiguous().T
+    with pytest.raises(ValueError, match=r"skinny: .* it reads weights along contiguous columns, got strides \(1, "):
+        tls.fuse_projections(model, skinny=True)
+    assert tls.unfuse_projections(model) == 0
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
+    """As accelerate gives to layers whose weights it moves."""
+    model = make("llama")
+    first = model.base_model.layers[0].self_attn
+    first.k_proj.forward = first.k_proj.forward
+    assert tls.fuse_projections(model) == 2 * len(model.base_model.layers) - 1
+    tls.unfuse_projections(model)
+    assert "forward" in vars(first.k_proj)
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="here it can run")
