@@ -17,6 +17,7 @@ import flex_tls as tls
 from flex_tls.attention import Attended, attend
 from flex_tls.device import why_not_here
 from flex_tls.reference import attention_reference
+from flex_tls.static import append_tokens, attend_all
 from tests.cases import Case, assert_as_exact, cases, make
 
 pytest.importorskip("triton")
@@ -213,12 +214,12 @@ def test_the_ops_of_every_layer_are_registered_as_pytorch_wants_them(labelled: b
     checks = ("test_schema", "test_faketensor")
     new_k, new_v = case.k[:, :, :2].clone(), case.v[:, :, :2].clone()
     torch.library.opcheck(
-        torch.ops.flex_tls.append_tokens.default, (new_k, new_v, case.seq_lens, case.k, case.v, *given),
+        append_tokens, (new_k, new_v, case.seq_lens, case.k, case.v, *given),
         test_utils=checks,
     )  # fmt: skip
     arrivals = torch.zeros(8, dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(
-        torch.ops.flex_tls.attend_all.default, (case.q, case.k, case.v, case.seq_lens, arrivals, 0.25),
+        attend_all, (case.q, case.k, case.v, case.seq_lens, arrivals, 0.25),
         test_utils=checks,
     )  # fmt: skip
 
