@@ -109,7 +109,7 @@ def two_level_attention(
         mask_mod: ``(b, h, q_idx, kv_idx) -> bool`` in logical coordinates. Define mods once, not in every step.
         scale: of the scores, 1/sqrt(D) by default.
         backend: ``"reference"`` (eager oracle), ``"flex"`` (compiled FlexAttention, CUDA and CPU), ``"triton"`` (fused,
-            CUDA, index "lowrank", no mods), ``"auto"``: triton where it can run, flex elsewhere.
+            CUDA, no mods, up to 16 query tokens), ``"auto"``: triton where it can run, flex elsewhere.
         return_lse: also return the log-sum-exp of the kept scores, float32 [B, HQ, T], natural log.
         return_bound: also return an upper bound on the share of full attention's weight that was not kept, float32
             [B, HQ, T]; for index "quest" or "box", without a score_mod. See :func:`flex_tls.bound.missed_mass_bound`.
@@ -164,7 +164,7 @@ def attend(
     check_query(q, index, cfg)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     has_mods = score_mod is not None or mask_mod is not None
-    chosen = resolve_backend(backend, q.device, why_not_fused(q, k, v, cfg, has_mods=has_mods, scale=scale))
+    chosen = resolve_backend(backend, q.device, why_not_fused(q, k, v, has_mods=has_mods, scale=scale))
     if chosen == "triton":
         parts = attend_fused(q, k, v, index, cfg, scale)
         chose = selections(parts, q, index, cfg) if selected else (None, None)

@@ -15,7 +15,6 @@ from ..cache import TLSCache
 from ..cache_layer import new_index
 from ..config import TLSConfig
 from ..device import why_not_here
-from ..fused import why_not_configured
 from ..integrations.huggingface import enabled
 from ..record import Recorder
 from .eviction import evicting_cache
@@ -73,15 +72,16 @@ class Prefilled:
         """
         if method.cfg is None:
             return "sdpa"
-        return "eviction" if method.evicts else self._chosen(method.cfg)
+        return "eviction" if method.evicts else self._chosen
 
-    def _chosen(self, cfg: TLSConfig) -> Backend:
+    @property
+    def _chosen(self) -> Backend:
         if self._backend != "auto":
             return self._backend
         device = self.model.device
         windows = any(layer.window is not None for layer in self._cache.tls_layers)
         here = device.type == "cuda" and why_not_here(device) is None
-        return "triton" if here and not windows and why_not_configured(cfg) is None else "reference"
+        return "triton" if here and not windows else "reference"
 
     @property
     def head_dim(self) -> int:
@@ -99,7 +99,7 @@ class Prefilled:
             with enabled(self.model):
                 yield self._step(self._evicting(cfg))
             return
-        self._cache.tls_layers[0].shared.backend = self._chosen(cfg)
+        self._cache.tls_layers[0].shared.backend = self._chosen
         with torch.no_grad():
             self._index_again(cfg)
         self._cache.recorder = recorder

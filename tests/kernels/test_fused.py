@@ -16,15 +16,18 @@ from torch.nn.functional import scaled_dot_product_attention
 import flex_tls as tls
 from flex_tls.attention import Attended, attend
 from flex_tls.device import why_not_here
+from flex_tls.fused import fused_attention, labels_of, options_of, summary_of
 from flex_tls.reference import attention_reference
 from flex_tls.static import append_tokens, attend_all
-from tests.cases import Case, assert_as_exact, cases, make
+from tests.cases import KINDS, Case, assert_as_exact, cases, make
 
 pytest.importorskip("triton")
 from flex_tls.kernels.tile_table import forced
 from flex_tls.kernels.tiles import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Whose blocks are not scored by packed labels
+OTHER_KINDS = tuple(kind for kind in KINDS if kind != "lowrank")
 CFG = tls.TLSConfig(block_size=32, block_budget=256, token_budget=100, sink_tokens=16, recent_tokens=40)
 
 
@@ -67,6 +70,25 @@ def test_the_fused_pipeline_computes_what_the_reference_does(case: Case, scale: 
     words, n_channels = case.cfg.label_words(case.cfg.label_channels), case.cfg.label_channels
     dims = min(32 // words[0], n_channels) if half else None
     check(to_device(dataclasses.replace(case, cfg=dataclasses.replace(case.cfg, filter_dims=dims))), scale)
+
+
+@settings(max_examples=10, phases=(Phase.explicit, Phase.generate))
+@given(cases(kinds=OTHER_KINDS, max_t=3, max_hkv=2))
+def test_every_kind_of_index_is_scored_as_the_reference_does(case: Case) -> None:
+    check(to_device(case))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+@pytest.mark.parametrize("token_budget", [None, 512])
+@pytest.mark.parametrize(("batch_size", "group", "d", "t"), [(1, 4, 128, 1), (16, 8, 128, 1), (3, 5, 64, 3)])
+def test_every_kind_of_index_in_long_contexts(
+    kind: str, token_budget: int | None, batch_size: int, group: int, d: int, t: int
+) -> None:
+    """With few rows several programs share each, with many one is all."""
+    cfg = tls.TLSConfig(index=kind, block_budget=2048, token_budget=token_budget)  # type: ignore[arg-type]
+    lens = [9000 - 511 * i for i in range(batch_size)]
+    check(make(cfg, lens=lens, s=9000, hkv=2, group=group, t=t, d=d, dtype=torch.bfloat16, device="cuda"))
 
 
 @pytest.mark.parametrize(
@@ -193,16 +215,17 @@ def test_a_step_is_captured_without_synchronising_or_allocating() -> None:
     assert torch.equal(out, tls.two_level_attention(case.q, case.k, case.v, index, CFG, backend="triton"))
 
 
-def test_the_op_is_registered_as_pytorch_wants_it() -> None:
-    case = make(CFG, lens=[300, 70], s=320, group=3, d=16, device=DEVICE)
+@pytest.mark.parametrize("kind", ["lowrank", "box", "oracle"])
+def test_the_op_is_registered_as_pytorch_wants_it(kind: str) -> None:
+    cfg = dataclasses.replace(CFG, index=kind)
+    case = make(cfg, lens=[300, 70], s=320, group=3, d=16, device=DEVICE)
     index = case.index()
-    labels = index.labels
     torch.library.opcheck(
-        torch.ops.flex_tls.fused_attention.default,
-        (case.q, case.k, case.v, index.seq_lens, labels.codes, labels.to_query, labels.low, labels.step,
-         index.arrivals, labels.words, 32, 8, 100, 16, 40, 0.25, 16, "max", "softmax_mean"),
+        fused_attention,
+        (case.q, case.k, case.v, index.seq_lens, *labels_of(index)),
+        {"token_budget": 100, **options_of(index, cfg, 0.25), **summary_of(index)},
         test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("labelled", [True, False])
