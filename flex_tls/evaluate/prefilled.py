@@ -79,9 +79,7 @@ class Prefilled:
         if self._backend != "auto":
             return self._backend
         device = self.model.device
-        windows = any(layer.window is not None for layer in self._cache.tls_layers)
-        here = device.type == "cuda" and why_not_here(device) is None
-        return "triton" if here and not windows else "reference"
+        return "triton" if device.type == "cuda" and why_not_here(device) is None else "reference"
 
     @property
     def head_dim(self) -> int:

@@ -11,13 +11,15 @@ import triton.language as tl
 from .norms import no_norms, store_norms, with_score
 from .scatter import scatter_rows
 from .tuples import extended
+from .visible import is_visible
 
 
 @triton.jit
 def score_summaries(
-    q, summary, beside, scores, norms, position, first, end, q_stride_h, score_stride, radius, scale,
+    q, summary, beside, visible, scores, norms, position, first, end, q_stride_h, visible_stride, score_stride, radius,
+    scale,
     D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, PER: tl.constexpr,
-    STAGES: tl.constexpr, KIND: tl.constexpr, SOFTMAX: tl.constexpr, NATIVE: tl.constexpr,
+    STAGES: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr, SOFTMAX: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """As :func:`.score.score_blocks`, for the heads at ``q``: -inf for the query's own block.
 
@@ -47,7 +49,12 @@ def score_summaries(
             product = queries[g] * middle
             if KIND == "box":
                 product += tl.abs(queries[g]) * half
-            score = tl.where(before, tl.sum(product, 1) * scale, float("-inf"))
+            seen = before
+            if MASKED:
+                slot = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None]
+                sees = is_visible(visible + g * visible_stride, slot, before[:, None])
+                seen = tl.max(sees.to(tl.int32), 1) > 0
+            score = tl.where(seen, tl.sum(product, 1) * scale, float("-inf"))
             scatter_rows(scores + g * score_stride, block, score, mine, d, NATIVE)
             if SOFTMAX:
                 top, total = with_score(tops[g], totals[g], score, mine, NATIVE)

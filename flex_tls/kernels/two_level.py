@@ -47,7 +47,7 @@ def has_summaries(kind: str) -> bool:
 
 @triton.jit
 def two_level(
-    q, k, v, seq_lens, codes, to_query, low, step, summary, beside, scales, pages, arrived, clock,
+    q, k, v, seq_lens, codes, to_query, low, step, summary, beside, visible, scales, pages, arrived, clock,
     asked, asked_bytes, base, unit, scores, norms, block_words, block_keys, blocks, block_counts, words, keys, ids,
     counts, norm_parts, label_parts, partial, partial_lse, arrivals, out, lse,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
@@ -58,8 +58,8 @@ def two_level(
     PER: tl.constexpr, PER_SUMMARIES: tl.constexpr, SCORE_STAGES: tl.constexpr, RANK_BN: tl.constexpr,
     BLOCK_BN: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, KP: tl.constexpr, PER_TOKENS: tl.constexpr,
     TOKEN_BN: tl.constexpr, TOKEN_CHUNKS: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr,
-    ATTEND_STAGES: tl.constexpr, KIND: tl.constexpr, BY_BLOCK: tl.constexpr, PAGED: tl.constexpr, SPLIT: tl.constexpr,
-    INT8: tl.constexpr, BLOCK_REDUCE: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
+    ATTEND_STAGES: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr, BY_BLOCK: tl.constexpr, PAGED: tl.constexpr,
+    SPLIT: tl.constexpr, INT8: tl.constexpr, BLOCK_REDUCE: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
     PROGRAMS: tl.constexpr, PP: tl.constexpr, PREFETCH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -81,6 +81,11 @@ def two_level(
         label_parts += row * PROGRAMS * GROUP * 2
         summary += head * (N + 1) * D
         beside += head * (N + 1) * (D if KIND == "box" else 1)
+    visible_stride = 0
+    if MASKED:
+        n_bytes = tl.cdiv(N * BLOCK_SIZE, 32) * 4
+        visible_stride = T * n_bytes
+        visible += head * GROUP * visible_stride + row % T * n_bytes
     block_words += row * BLOCK_CHUNKS * BLOCK_BN // 2
     block_keys += row * BLOCK_CHUNKS * BLOCK_BN
     blocks += row * K
@@ -109,15 +114,16 @@ def two_level(
     if FIRST == 0:
         part = tl.program_id(0) * GROUP * 2
         if (not SUMMARISED) | NORMS_APART:
-            score_blocks(queries, codes, asked, base, unit, scores, (label_parts if SUMMARISED else norm_parts) + part,
-                         position, first, end, N, q_stride_h, score_stride, scale, W, READ, BITS, GROUP, BLOCK_SIZE,
-                         PER, SCORE_STAGES, BLOCK_REDUCE, EXACT, POSITIVE, NATIVE)  # fmt: skip
+            score_blocks(queries, codes, asked, base, unit, visible, scores,
+                         (label_parts if SUMMARISED else norm_parts) + part, position, first, end, N, q_stride_h,
+                         visible_stride, score_stride, scale, W, READ, BITS, GROUP, BLOCK_SIZE, PER, SCORE_STAGES,
+                         BLOCK_REDUCE, EXACT, MASKED, POSITIVE, NATIVE)  # fmt: skip
         if SUMMARISED:
             # Over the labels' scores, of which the norms alone are wanted
             tl.debug_barrier()
-            score_summaries(queries, summary, beside, scores, norm_parts + part, position, first, end, q_stride_h,
-                            score_stride, radius, scale, D, DP, GROUP, BLOCK_SIZE, PER_SUMMARIES, SCORE_STAGES, KIND,
-                            POSITIVE, NATIVE)  # fmt: skip
+            score_summaries(queries, summary, beside, visible, scores, norm_parts + part, position, first, end,
+                            q_stride_h, visible_stride, score_stride, radius, scale, D, DP, GROUP, BLOCK_SIZE,
+                            PER_SUMMARIES, SCORE_STAGES, KIND, MASKED, POSITIVE, NATIVE)  # fmt: skip
         if LAST > 0:
             meet(arrivals, PROGRAMS)
     if (FIRST <= 1) & (LAST >= 1):
@@ -127,7 +133,7 @@ def two_level(
         if NORMS_APART:
             join_norms(label_parts, norms, GROUP, PROGRAMS, PP, NATIVE)
         rank_blocks(scores, tops, shares, block_keys, first, end, position, sinks, recent, score_stride, GROUP, RANK_BN,
-                    BLOCK_SIZE, REDUCE, NATIVE)  # fmt: skip
+                    BLOCK_SIZE, MASKED, REDUCE, NATIVE)  # fmt: skip
         if LAST > 1:
             meet(arrivals, PROGRAMS, 2)
     first_block, end_block = share(K, PROGRAMS)
@@ -139,9 +145,9 @@ def two_level(
         tl.store(block_counts, n_kept)
         tl.debug_barrier()
     if (FIRST <= 3) & (LAST >= 3) & (not BY_BLOCK):
-        rank_tokens(queries, codes, asked, base, unit, norms, blocks, keys, position, sinks, recent, first_block,
-                    end_block, N, q_stride_h, scale, W, BITS, GROUP, BLOCK_SIZE, PER_TOKENS, EXACT, REDUCE,
-                    NATIVE)  # fmt: skip
+        rank_tokens(queries, codes, asked, base, unit, visible, norms, blocks, keys, position, sinks, recent,
+                    first_block, end_block, N, q_stride_h, visible_stride, scale, W, BITS, GROUP, BLOCK_SIZE,
+                    PER_TOKENS, EXACT, MASKED, REDUCE, NATIVE)  # fmt: skip
         if LAST > 3:
             meet(arrivals + arrivals_stride, PROGRAMS)
     if LAST == 4:
@@ -166,9 +172,9 @@ def two_level(
         now = tl.load(clock + head) if SPLIT else 0
         acc, top, total = attend_range(
             query, k, v, scales + head * scale_stride_h, entries, pages + head * N, arrived + head * n_pages, now,
-            first, end, position, scale, k_stride_s, v_stride_s, page_stride_k, page_stride_v, D, DP, ROWS, BLOCK_SIZE,
-            "blocks" if BY_BLOCK else "tokens", PAGED, "resident" if SPLIT else "all", INT8, TILE, ATTEND_STAGES,
-            PRECISION,
+            visible, first, end, position, scale, k_stride_s, v_stride_s, page_stride_k, page_stride_v, visible_stride,
+            D, DP, GROUP, ROWS, BLOCK_SIZE, "blocks" if BY_BLOCK else "tokens", PAGED, "resident" if SPLIT else "all",
+            INT8, MASKED, TILE, ATTEND_STAGES, PRECISION,
         )  # fmt: skip
         if SPLIT:
             part = row * 2 * PROGRAMS + tl.program_id(0)
@@ -223,8 +229,9 @@ def launch_two_level(
     step: Tensor, arrivals: Tensor, *, bits: tuple[int, ...], block_size: int, kept_blocks: int,
     token_budget: int | None, sinks: int, recent: int, scale: float, filter_dims: int, block_reduce: str,
     group_reduce: str, tiles: Tiles, kind: str = "lowrank", summary: Tensor | None = None,
-    beside: Tensor | None = None, radius: float = 1.0, given: Work | None = None, pages: Tensor | None = None,
-    scales: Tensor | None = None, arrived: Tensor | None = None, clock: Tensor | None = None,
+    beside: Tensor | None = None, radius: float = 1.0, visible: Tensor | None = None, given: Work | None = None,
+    pages: Tensor | None = None, scales: Tensor | None = None, arrived: Tensor | None = None,
+    clock: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Work]:  # fmt: skip
     """Output [B, HQ, T, D] in q's dtype, lse float32 [B, HQ, T], and what was chosen.
 
@@ -233,6 +240,7 @@ def launch_two_level(
     ``given``, what that call left, it goes on from there (phases 3 and 4) inside the blocks that ``given`` names.
     ``kind`` of the index: "box" and "mean" have ``summary`` and ``beside`` [B, HKV, N + 1, ...], see
     :mod:`.score_summaries`; "oracle" has keys for codes, float32 [B, HKV, D, S], and no ``bits``.
+    ``visible`` int32 [B, HQ, T, N * block_size / 32], rounded up: what each head sees; all by default.
     ``pages`` int32 [B * HKV, N]: block n of a KV head is page ``pages[n]`` of k and v [B, HKV, P, block_size, D];
     with ``scales`` float32 [B, HKV, P, block_size, 2], contiguous, these are int8. With ``arrived`` int32 [B, HKV, P]
     tokens of pages where that is ``clock`` int32 [B, HKV] are left to :mod:`.attend_arrived`: in place of output and
@@ -272,6 +280,7 @@ def launch_two_level(
     partial = new(rows, parts, group, d, dtype=f32) if parts > 1 else lse
     partial_lse = new(rows, parts, group, dtype=f32) if parts > 1 else lse
     norm_parts = new(rows, programs, group, 2, dtype=f32) if start == 0 else lse
+    visible = None if visible is None else visible.view(torch.uint8)
     label_parts = torch.empty_like(norm_parts) if summary is not None else lse
     stop = LAST_PHASE if k is not None else BLOCKS_KEPT
     keys, values = (q if x is None else x for x in (k, v))
@@ -283,10 +292,8 @@ def launch_two_level(
     for first, last in phases:
         two_level[(programs, rows)](
             q, keys, values, seq_lens, codes, to_query, low, step,
-            arrivals if summary is None else summary, arrivals if beside is None else beside,
-            arrivals if scales is None else scales, arrivals if pages is None else pages,
-            arrivals if arrived is None else arrived, arrivals if clock is None else clock, work.asked,
-            work.asked.view(torch.int8), *work[1:6], work.block_words.view(torch.int16), *work[6:9],
+            *(arrivals if x is None else x for x in (summary, beside, visible, scales, pages, arrived, clock)),
+            work.asked, work.asked.view(torch.int8), *work[1:6], work.block_words.view(torch.int16), *work[6:9],
             work.words.view(torch.int16), *work[9:], norm_parts, label_parts, partial, partial_lse, arrivals, out, lse,
             q.stride(0), q.stride(1), q.stride(2), keys.stride(0), keys.stride(1), keys.stride(-2),
             values.stride(0), values.stride(1), values.stride(-2), page_stride_k, page_stride_v,
@@ -300,11 +307,10 @@ def launch_two_level(
             BLOCK_CHUNKS=block_chunks, KP=padded(-(-kept // programs)),
             PER_TOKENS=tiles.blocks_of(tiles.rank_words, w, block_size, kept), TOKEN_BN=token_chunk,
             TOKEN_CHUNKS=token_chunks, MP=padded(max(1, -(-chosen // programs))), TILE=tiles.attend_tile,
-            ATTEND_STAGES=tiles.attend_stages, KIND=kind, BY_BLOCK=by_block, PAGED=pages is not None,
-            SPLIT=arrived is not None, INT8=scales is not None, BLOCK_REDUCE=block_reduce, REDUCE=group_reduce,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            PROGRAMS=programs, PP=padded(programs),
-            PREFETCH=NATIVE and programs > 1 and first == 0 and kind == "lowrank", FIRST=first,
+            ATTEND_STAGES=tiles.attend_stages, KIND=kind, MASKED=visible is not None, BY_BLOCK=by_block,
+            PAGED=pages is not None, SPLIT=arrived is not None, INT8=scales is not None, BLOCK_REDUCE=block_reduce,
+            REDUCE=group_reduce, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", PROGRAMS=programs,
+            PP=padded(programs), PREFETCH=NATIVE and programs > 1 and first == 0 and kind == "lowrank", FIRST=first,
             LAST=last, NATIVE=NATIVE, num_warps=tiles.warps, launch_pdl=NATIVE,
             launch_cooperative_grid=NATIVE and programs > 1,
         )  # fmt: skip
