@@ -356,7 +356,7 @@ def test_a_step_is_captured_without_synchronising_or_allocating(masked: bool) ->
 @pytest.mark.parametrize("kind", ["lowrank", "box", "oracle"])
 def test_the_op_is_registered_as_pytorch_wants_it(kind: str, masked: bool) -> None:
     cfg = dataclasses.replace(CFG, index=kind)
-    case = make(cfg, lens=[300, 70], s=320, group=3, d=16, device=DEVICE)
+    case = make(cfg, lens=[130, 70], s=140, hkv=1, group=3, d=16, device=DEVICE)
     index = case.index()
     visible = visible_to(case.q, index, index.seq_lens, window) if masked else None
     torch.library.opcheck(
