@@ -12,7 +12,7 @@ from ._check import check_tensor
 from .bound import missed_mass_bound
 from .config import TLSConfig
 from .flex import attend_flex
-from .fused import attend_fused, selections, why_not_fused
+from .fused import attend_fused, selections, why_not_by_default, why_not_fused
 from .index import KVIndex
 from .mods import MaskMod, ScoreMod
 from .reference import attention_reference
@@ -109,7 +109,8 @@ def two_level_attention(
         mask_mod: ``(b, h, q_idx, kv_idx) -> bool`` in logical coordinates. Define mods once, not in every step.
         scale: of the scores, 1/sqrt(D) by default.
         backend: ``"reference"`` (eager oracle), ``"flex"`` (compiled FlexAttention, CUDA and CPU), ``"triton"`` (fused,
-            CUDA, index "lowrank", no mods), ``"auto"``: triton where it can run, flex elsewhere.
+            CUDA, no score_mod, up to 16 query tokens), ``"auto"``: triton where it can run with index "lowrank" and
+            without mods, flex elsewhere.
         return_lse: also return the log-sum-exp of the kept scores, float32 [B, HQ, T], natural log.
         return_bound: also return an upper bound on the share of full attention's weight that was not kept, float32
             [B, HQ, T]; for index "quest" or "box", without a score_mod. See :func:`flex_tls.bound.missed_mass_bound`.
@@ -163,10 +164,12 @@ def attend(
     check_tensor("v", v, shape, "B, HKV, S, D", like=q)
     check_query(q, index, cfg)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    has_mods = score_mod is not None or mask_mod is not None
-    chosen = resolve_backend(backend, q.device, why_not_fused(q, k, v, cfg, has_mods=has_mods, scale=scale))
+    obstacle = why_not_fused(q, k, v, has_score_mod=score_mod is not None, scale=scale)
+    if backend == "auto":
+        obstacle = obstacle or why_not_by_default(cfg, has_mask=mask_mod is not None)
+    chosen = resolve_backend(backend, q.device, obstacle)
     if chosen == "triton":
-        parts = attend_fused(q, k, v, index, cfg, scale)
+        parts = attend_fused(q, k, v, index, cfg, scale, mask_mod=mask_mod)
         chose = selections(parts, q, index, cfg) if selected else (None, None)
         return Attended(parts[0], parts[1] if return_lse else None, *chose)
     if chosen == "flex":

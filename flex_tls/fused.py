@@ -9,9 +9,11 @@ from torch import Tensor
 
 from .config import TLSConfig
 from .device import is_interpreted, why_not_here
+from .flex import compiled
 from .index import MAX_QUERY_TOKENS, KVIndex
-from .mods import query_positions
-from .selection import BlockSelection, TokenSelection
+from .mods import MaskMod, apply_mods, query_positions
+from .selection import BlockSelection, TokenSelection, pack_words
+from .summaries import MinMaxSummary
 
 if TYPE_CHECKING:
     from .kernels.tiles import Tiles
@@ -21,19 +23,10 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def why_not_configured(cfg: TLSConfig) -> str | None:
-    """What in a configuration keeps it from the fused kernels; None if nothing does."""
-    if cfg.index != "lowrank":
-        return f"the fused kernel scores token labels, index='lowrank', got index={cfg.index!r}"
-    return None
-
-
-def why_not_fused(q: Tensor, k: Tensor, v: Tensor, cfg: TLSConfig, *, has_mods: bool, scale: float) -> str | None:
+def why_not_fused(q: Tensor, k: Tensor, v: Tensor, *, has_score_mod: bool, scale: float) -> str | None:
     """What keeps a call from the fused kernels; None if nothing does."""
-    if has_mods:
-        return "it takes no score_mod and no mask_mod"
-    if obstacle := why_not_configured(cfg):
-        return obstacle
+    if has_score_mod:
+        return "it takes no score_mod"
     if q.dtype not in DTYPES:
         return f"it takes bfloat16, float16 and float32, got {q.dtype}"
     if q.shape[2] > MAX_QUERY_TOKENS:
@@ -48,17 +41,28 @@ def why_not_fused(q: Tensor, k: Tensor, v: Tensor, cfg: TLSConfig, *, has_mods: 
     return obstacle
 
 
+def why_not_by_default(cfg: TLSConfig, *, has_mask: bool) -> str | None:
+    """What keeps ``"auto"`` from the fused kernels where they can run: they were not measured there."""
+    if has_mask:
+        return "it was not measured with a mask_mod"
+    if cfg.index != "lowrank":
+        return f"it was not measured with index={cfg.index!r}"
+    return None
+
+
 def attend_fused(
-    q: Tensor, k: Tensor, v: Tensor, index: KVIndex, cfg: TLSConfig, scale: float, seq_lens: Tensor | None = None
-) -> Parts:
+    q: Tensor, k: Tensor, v: Tensor, index: KVIndex, cfg: TLSConfig, scale: float, seq_lens: Tensor | None = None,
+    mask_mod: MaskMod | None = None,
+) -> Parts:  # fmt: skip
     """(out [B, HQ, T, D], lse float32 [B, HQ, T], block ids [R, K], counts [R], token ids [R, M], counts [R]).
 
     ``seq_lens`` int64 [B] in place of the index's own, for a step that counts for all layers at once.
     """
     seq_lens = index.seq_lens if seq_lens is None else seq_lens
     parts: Parts = fused_attention(
-        q, k, v, seq_lens, *labels_of(index), token_budget=cfg.token_budget, **options_of(index, cfg, scale)
-    )
+        q, k, v, seq_lens, *labels_of(index), token_budget=cfg.token_budget, **options_of(index, cfg, scale),
+        **summary_of(index), visible=None if mask_mod is None else visible_to(q, index, seq_lens, mask_mod),
+    )  # fmt: skip
     return parts
 
 
@@ -71,12 +75,45 @@ def labels_of(index: KVIndex) -> tuple[Tensor, ...]:
 def options_of(index: KVIndex, cfg: TLSConfig, scale: float) -> dict[str, Any]:
     """What all ops take of labels and configuration."""
     n_dims = index.labels.to_query.shape[-1]
+    # Elsewhere level 1 reads none of a label, or all of it
+    filter_dims = cfg.filter_dims if cfg.index == "lowrank" else None
     return {
-        "bits": index.labels.words, "block_size": cfg.block_size, "kept_blocks": cfg.kept_blocks,
+        "bits": index.labels.words or (), "block_size": cfg.block_size, "kept_blocks": cfg.kept_blocks,
         "sinks": cfg.sink_tokens, "recent": cfg.recent_tokens, "scale": scale,
-        "filter_dims": min(cfg.filter_dims or n_dims, n_dims), "block_reduce": cfg.block_reduce,
+        "filter_dims": min(filter_dims or n_dims, n_dims), "block_reduce": cfg.block_reduce,
         "group_reduce": cfg.group_reduce,
     }  # fmt: skip
+
+
+def summary_of(index: KVIndex) -> dict[str, Any]:
+    """By what level 1 scores blocks, for the op that takes every kind of index."""
+    if index.summary is None:
+        return {"kind": index.cfg.index}
+    summary, beside = index.summary.tensors.values()
+    if isinstance(index.summary, MinMaxSummary):
+        return {"kind": "box", "summary": summary, "beside": beside, "radius": index.summary.radius}
+    return {"kind": "mean", "summary": summary, "beside": beside}
+
+
+def visible_to(q: Tensor, index: KVIndex, seq_lens: Tensor, mask_mod: MaskMod) -> Tensor:
+    """What each head of q [B, HQ, T, D] sees, causality included: int32 [B, HQ, T, W], a bit for every slot.
+
+    The mod is compiled and evaluated anew in every call; inside a caller's own ``torch.compile`` it is traced.
+    """
+    slots = (index.n_blocks * index.cfg.block_size, index.capacity_tokens)
+    sizes = (index.n_kv_heads, q.shape[1] // index.n_kv_heads, q.shape[2], *slots)
+    run = _visible
+    # On a CPU the kernels are interpreted, and this is the least of it
+    if q.is_cuda and not torch.compiler.is_compiling():
+        run = compiled(_visible, (seq_lens,), sizes, None, mask_mod)
+    with torch.no_grad():
+        return run(seq_lens, *sizes, mask_mod)
+
+
+def _visible(seq_lens: Tensor, hkv: int, group: int, t: int, n_slots: int, capacity: int, mask_mod: MaskMod) -> Tensor:
+    scores = torch.zeros(seq_lens.shape[0], hkv, group, t, n_slots, device=seq_lens.device)
+    seen = apply_mods(scores, query_positions(seq_lens, t), capacity, None, mask_mod).isfinite()
+    return pack_words(seen).flatten(1, 2)
 
 
 def tiles_of(q: Tensor, codes: Tensor, kept_tokens: int) -> Tiles:
@@ -110,13 +147,15 @@ def launch(
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor, step: Tensor,
     arrivals: Tensor, bits: list[int], block_size: int, kept_blocks: int, token_budget: int | None, sinks: int,
-    recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str,
+    recent: int, scale: float, filter_dims: int, block_reduce: str, group_reduce: str, kind: str = "lowrank",
+    summary: Tensor | None = None, beside: Tensor | None = None, radius: float = 1.0, visible: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Level 1, level 2 and attention. ``arrivals`` int32 [3, R] is all zeros before and after."""
     out, lse, work = launch(
         q, k, v, seq_lens, codes, to_query, low, step, arrivals, bits=tuple(bits), block_size=block_size,
         kept_blocks=kept_blocks, token_budget=token_budget, sinks=sinks, recent=recent, scale=scale,
-        filter_dims=filter_dims, block_reduce=block_reduce, group_reduce=group_reduce,
+        filter_dims=filter_dims, block_reduce=block_reduce, group_reduce=group_reduce, kind=kind, summary=summary,
+        beside=beside, radius=radius, visible=visible,
     )  # fmt: skip
     return out, lse, work.blocks, work.block_counts, work.ids, work.counts
 

@@ -69,8 +69,7 @@ class TokenSelection:
     @classmethod
     def from_mask(cls, mask: Tensor, positions: Tensor, group: int) -> TokenSelection:
         """From a bool mask [B, HKV, T, S]."""
-        words = pack_bits(F.pad(mask, (0, -mask.shape[-1] % 32)).view(*mask.shape[:-1], -1, 32))
-        return cls(words, positions, group, 32, mask.shape[-1])
+        return cls(pack_words(mask), positions, group, 32, mask.shape[-1])
 
     @property
     def mask(self) -> Tensor:
@@ -282,6 +281,11 @@ def pack_bits(bits: Tensor) -> Tensor:
     """Bool [..., up to 32] -> int32 [...], the first bit lowest."""
     place = torch.arange(bits.shape[-1], dtype=torch.int32, device=bits.device)
     return (bits.int() << place).sum(-1, dtype=torch.int32)
+
+
+def pack_words(mask: Tensor) -> Tensor:
+    """Bool [..., S] -> int32 [..., S / 32], rounded up; bits past the last are zero."""
+    return pack_bits(F.pad(mask, (0, -mask.shape[-1] % 32)).view(*mask.shape[:-1], -1, 32))
 
 
 def keep_best(rank: Tensor, k: int) -> Tensor:

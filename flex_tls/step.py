@@ -11,7 +11,6 @@ from torch import Tensor
 from ._code import with_own_code
 from .cache_layer import TLSLayer
 from .device import why_not_here
-from .fused import why_not_configured
 from .notice import clock
 
 if TYPE_CHECKING:
@@ -105,8 +104,8 @@ def why_not_compiled(cache: TLSCache, device: torch.device) -> str | None:
         return f"the compiled step runs the fused kernel, backend='auto' or 'triton', got {cache.backend!r}"
     if cache.recorder is not None:
         return "the compiled step records nothing, which the cache's recorder asks for"
-    if obstacle := why_not_configured(cache.cfg):
-        return obstacle
+    if cache.cfg.index != "lowrank":
+        return f"the compiled step writes labels alone, index='lowrank', got index={cache.cfg.index!r}"
     if cache.offload_config is not None and cache.offload_config.transfer != "kernel":
         return f"the compiled step moves blocks by a kernel, transfer='kernel', got {cache.offload_config.transfer!r}"
     if any(layer.window is not None for layer in cache.tls_layers):

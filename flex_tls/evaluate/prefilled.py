@@ -15,7 +15,7 @@ from ..cache import TLSCache
 from ..cache_layer import new_index
 from ..config import TLSConfig
 from ..device import why_not_here
-from ..fused import why_not_configured
+from ..fused import why_not_by_default
 from ..integrations.huggingface import enabled
 from ..record import Recorder
 from .eviction import evicting_cache
@@ -81,7 +81,7 @@ class Prefilled:
         device = self.model.device
         windows = any(layer.window is not None for layer in self._cache.tls_layers)
         here = device.type == "cuda" and why_not_here(device) is None
-        return "triton" if here and not windows and why_not_configured(cfg) is None else "reference"
+        return "triton" if here and why_not_by_default(cfg, has_mask=windows) is None else "reference"
 
     @property
     def head_dim(self) -> int:

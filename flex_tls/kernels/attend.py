@@ -13,6 +13,7 @@ from .rows import locate, query_of
 from .scatter import scatter
 from .tiles import NATIVE, Tiles, padded
 from .tuples import extended
+from .visible import is_visible
 
 # Base-2 exponents: one multiplication less for each weight
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -30,18 +31,19 @@ def load_query(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t,
 
 @triton.jit
 def attend_range(
-    query, k, v, scales, ids, pages, arrived, now, first, end, position, scale, k_stride_s, v_stride_s, page_stride_k,
-    page_stride_v,
-    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr,
-    PAGED: tl.constexpr, WHICH: tl.constexpr, INT8: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query, k, v, scales, ids, pages, arrived, now, visible, first, end, position, scale, k_stride_s, v_stride_s,
+    page_stride_k, page_stride_v, visible_stride,
+    D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    MODE: tl.constexpr, PAGED: tl.constexpr, WHICH: tl.constexpr, INT8: tl.constexpr, MASKED: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(acc [ROWS, DP], top [ROWS], total [ROWS]) of entries ``first`` to ``end``, none past the query's position.
 
     An entry is a token of ``ids`` (MODE "tokens"), a token of the blocks in ``ids`` ("blocks"), or a slot ("all").
     PAGED: block n lies at page ``pages[n]`` of k and v, ``page_stride`` apart; WHICH "arrived" are tokens of pages
     whose ``arrived`` is ``now``, "resident" those of all others. With INT8 k and v are codes, exact in the query's
-    dtype, and a token's two ``scales`` are multiplied to its score and to its weight.
+    dtype, and a token's two ``scales`` are multiplied to its score and to its weight. With MASKED a head attends to
+    what ``visible`` [GROUP, visible_stride] says.
     """
     d = tl.arange(0, DP)
     lane = tl.arange(0, TILE)
@@ -57,6 +59,9 @@ def attend_range(
         else:
             slot = tl.load(ids + place, place < end, other=0)
         seen = (place < end) & (slot <= position)
+        if MASKED:
+            g = tl.arange(0, ROWS)[:, None]
+            sees = is_visible(visible + g * visible_stride, slot[None], seen[None] & (g < GROUP))
         if PAGED:
             page = tl.load(pages + slot // BLOCK_SIZE, seen, other=0).to(tl.int64)
             if WHICH != "all":
@@ -83,6 +88,8 @@ def attend_range(
         if INT8:
             score *= key_scale[None]
         score = tl.where(seen[None], score, float("-inf"))
+        if MASKED:
+            score = tl.where(sees, score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(score - shift[:, None])
@@ -217,8 +224,9 @@ def attend(
     v += head // n_heads * v_stride_b + head % n_heads * v_stride_h
     first = tl.program_id(0) * per_program
     acc, top, total = attend_range(
-        query, k, v, ids, ids + row * K, ids, ids, 0, first, tl.minimum(n, first + per_program), position, scale,
-        k_stride_s, v_stride_s, 0, 0, D, DP, ROWS, BLOCK_SIZE, MODE, False, "all", False, TILE, STAGES, PRECISION,
+        query, k, v, ids, ids + row * K, ids, ids, 0, ids, first, tl.minimum(n, first + per_program), position, scale,
+        k_stride_s, v_stride_s, 0, 0, 0, D, DP, GROUP, ROWS, BLOCK_SIZE, MODE, False, "all", False, False, TILE,
+        STAGES, PRECISION,
     )  # fmt: skip
     finish(acc, top, total, partial, partial_lse, arrivals + row, out, lse, row, head, T,
            D, DP, GROUP, GP, ROWS, PROGRAMS, 0, NATIVE)  # fmt: skip

@@ -34,8 +34,9 @@ def attend_arrived(
     v += head // n_heads * v_stride_b + head % n_heads * v_stride_h
     acc, top, total = attend_range(
         query, k, v, scales + head * scale_stride_h, ids + row * K, pages + head * N, arrived + head * n_pages,
-        tl.load(clock + head), first, end, position, scale, k_stride_s, v_stride_s, page_stride_k, page_stride_v, D, DP,
-        ROWS, BLOCK_SIZE, "blocks" if BY_BLOCK else "tokens", True, "arrived", INT8, TILE, STAGES, PRECISION,
+        tl.load(clock + head), ids, first, end, position, scale, k_stride_s, v_stride_s, page_stride_k, page_stride_v,
+        0, D, DP, GROUP, ROWS, BLOCK_SIZE, "blocks" if BY_BLOCK else "tokens", True, "arrived", INT8, False, TILE,
+        STAGES, PRECISION,
     )  # fmt: skip
     finish(acc, top, total, partial, partial_lse, arrivals + row, out, lse, row, head, T,
            D, DP, GROUP, GP, ROWS, PROGRAMS, PROGRAMS, NATIVE)  # fmt: skip

@@ -135,3 +135,18 @@ def dot_codes(words, asked, g: tl.constexpr, total, READ: tl.constexpr, BITS: tl
             codes = words[w] if BITS[w] == 8 else (words[w] >> (BITS[w] * j)) & ((2 ** BITS[w] - 1) * 0x01010101)
             total = dot4(codes, tl.zeros_like(words[0]) + part, total, NATIVE)
     return total
+
+
+@triton.jit
+def dot_keys(codes, slot, mask, stride, q, q_stride_h, D: tl.constexpr, GROUP: tl.constexpr):
+    """Labels that are the keys themselves, float32, times the heads at ``q``: a tuple of float32 [X, Y]."""
+    dots = ()
+    for _ in tl.static_range(GROUP):
+        dots = extended(dots, tl.zeros(slot.shape, tl.float32))
+    for d in range(D):
+        key = tl.load(codes + d * stride + slot, mask, other=0.0)
+        more = ()
+        for g in tl.static_range(GROUP):
+            more = extended(more, dots[g] + tl.load(q + g * q_stride_h + d).to(tl.float32) * key)
+        dots = more
+    return dots

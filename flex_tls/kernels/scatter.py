@@ -26,3 +26,13 @@ def scatter(pointers, value, mask, NATIVE: tl.constexpr):
         )
     else:
         tl.store(pointers, value, mask)
+
+
+@triton.jit
+def scatter_rows(pointer, row, value, mask, place, NATIVE: tl.constexpr):
+    """``value`` [X], reduced over ``place`` [1, Y], to ``row`` [X] behind ``pointer`` where ``mask``.
+
+    By the thread of a row's first place, which has it.
+    """
+    at = pointer + row[:, None] + tl.zeros_like(place)
+    scatter(at, tl.broadcast_to(value[:, None], at.shape), mask[:, None] & (place == 0), NATIVE)

@@ -58,6 +58,10 @@ class Tiles(NamedTuple):
         sizes = [most >> i for i in range(most.bit_length()) if i == 0 or (most >> i) * block_size >= 64 * self.warps]
         return min(sizes, key=lambda size: -(-share // size) * (size * block_size + TILE_TOKENS))
 
+    def summaries_of(self, width: int, n: int) -> int:
+        """Blocks whose summaries, ``width`` channels of two numbers, a program takes at once of its share of ``n``."""
+        return min(padded(-(-n // self.programs)), max(1, self.score_words // (2 * width)))
+
 
 # On small shapes: several tiles, programs and chunks all the same
 INTERPRETED = Tiles(2, 4, 128, 1, 64, 16, 1, 128)

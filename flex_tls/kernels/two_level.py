@@ -4,7 +4,7 @@ A row is one selection: a KV head and a query token. Its programs share the work
 0, 1 and 3; what is small, the choices, every one of them does for itself. The phases, which can also be launched one by
 one:
 
-0. the query in label space, and every block's best label score;
+0. the query in label space, and every block's best label score, or its summary's;
 1. the rank of every block;
 2. the blocks to keep;
 3. the rank of every token of the kept blocks;
@@ -29,30 +29,39 @@ from .attend import attend_range, finish, load_query, set_aside
 from .follow import follow
 from .keep_best import find_edge, load_words, write_list
 from .labels import channels_before, parts_before, places_of
-from .rows import leave, locate, meet, share
-from .score import is_softmax, join_norms, prefetch_labels, rank_blocks, rank_tokens, score_blocks
+from .norms import is_softmax, join_norms
+from .rows import leave, locate, meet, query_of, share
+from .score import prefetch_labels, rank_blocks, rank_tokens, score_blocks
+from .score_summaries import score_summaries
 from .tiles import NATIVE, Tiles, padded
 
 # Where blocks are kept, and the last phase
 BLOCKS_KEPT, LAST_PHASE = 2, 4
 
 
+@triton.constexpr_function
+def has_summaries(kind: str) -> bool:
+    """Whether level 1 scores blocks by their summaries, not by the labels of their tokens."""
+    return kind in ("box", "mean")
+
+
 @triton.jit
 def two_level(
-    q, k, v, seq_lens, codes, to_query, low, step, scales, pages, arrived, clock,
+    q, k, v, seq_lens, codes, to_query, low, step, summary, beside, visible, scales, pages, arrived, clock,
     asked, asked_bytes, base, unit, scores, norms, block_words, block_keys, blocks, block_counts, words, keys, ids,
-    counts, norm_parts, partial, partial_lse, arrivals, out, lse,
+    counts, norm_parts, label_parts, partial, partial_lse, arrivals, out, lse,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     page_stride_k, page_stride_v, scale_stride_h, n_pages, arrivals_stride, score_stride, word_stride, n_heads, T,
-    N, K, M, scale, sinks, recent, filter_dims,
+    N, K, M, scale, sinks, recent, filter_dims, radius,
     D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, READ: tl.constexpr, BITS: tl.constexpr,
     PLACES: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    PER: tl.constexpr, SCORE_STAGES: tl.constexpr, RANK_BN: tl.constexpr, BLOCK_BN: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr, KP: tl.constexpr, PER_TOKENS: tl.constexpr, TOKEN_BN: tl.constexpr,
-    TOKEN_CHUNKS: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr, ATTEND_STAGES: tl.constexpr,
-    BY_BLOCK: tl.constexpr, PAGED: tl.constexpr, SPLIT: tl.constexpr, INT8: tl.constexpr, BLOCK_REDUCE: tl.constexpr,
-    REDUCE: tl.constexpr, PRECISION: tl.constexpr, PROGRAMS: tl.constexpr, PP: tl.constexpr, PREFETCH: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, NATIVE: tl.constexpr,
+    PER: tl.constexpr, PER_SUMMARIES: tl.constexpr, SCORE_STAGES: tl.constexpr, RANK_BN: tl.constexpr,
+    BLOCK_BN: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, KP: tl.constexpr, PER_TOKENS: tl.constexpr,
+    TOKEN_BN: tl.constexpr, TOKEN_CHUNKS: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr,
+    ATTEND_STAGES: tl.constexpr, KIND: tl.constexpr, MASKED: tl.constexpr, BY_BLOCK: tl.constexpr, PAGED: tl.constexpr,
+    SPLIT: tl.constexpr, INT8: tl.constexpr, BLOCK_REDUCE: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
+    PROGRAMS: tl.constexpr, PP: tl.constexpr, PREFETCH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Phases FIRST to LAST of program (i, row)."""
     if PREFETCH:
@@ -68,6 +77,15 @@ def two_level(
     scores += row * GROUP * score_stride
     norms += row * GROUP * 2
     norm_parts += row * PROGRAMS * GROUP * 2
+    if has_summaries(KIND):
+        label_parts += row * PROGRAMS * GROUP * 2
+        summary += head * (N + 1) * D
+        beside += head * (N + 1) * (D if KIND == "box" else 1)
+    visible_stride = 0
+    if MASKED:
+        n_bytes = tl.cdiv(N * BLOCK_SIZE, 32) * 4
+        visible_stride = T * n_bytes
+        visible += head * GROUP * visible_stride + row % T * n_bytes
     block_words += row * BLOCK_CHUNKS * BLOCK_BN // 2
     block_keys += row * BLOCK_CHUNKS * BLOCK_BN
     blocks += row * K
@@ -78,8 +96,15 @@ def two_level(
     # Blocks that hold something for the query; its position is negative where a row is shorter than the chunk
     n_blocks = (position + BLOCK_SIZE) // BLOCK_SIZE
     POSITIVE: tl.constexpr = is_softmax(REDUCE)
+    EXACT: tl.constexpr = KIND == "oracle"
+    SUMMARISED: tl.constexpr = has_summaries(KIND)
+    # Whatever blocks are ranked by, tokens are by the softmax over all blocks' label scores
+    NORMS_APART: tl.constexpr = SUMMARISED & POSITIVE & (not BY_BLOCK)
+    queries = q
+    if EXACT | SUMMARISED:
+        queries = query_of(q, row, head, n_heads, T, q_stride_b, q_stride_h, q_stride_t, GROUP)
     first, end = share(n_blocks, PROGRAMS)
-    if FIRST == 0:
+    if (FIRST == 0) & (not EXACT) & (not (SUMMARISED & BY_BLOCK)):
         ask(q, to_query, low, step, asked_bytes, base, unit, row, head, q_stride_b, q_stride_h, q_stride_t, n_heads, T,
             filter_dims, D, DP, C, W, BITS, GROUP, GP, PLACES, NATIVE)  # fmt: skip
         tl.debug_barrier()
@@ -87,17 +112,28 @@ def two_level(
     base += row * GROUP * 2
     unit += row * GROUP
     if FIRST == 0:
-        score_blocks(codes, asked, base, unit, scores, norm_parts + tl.program_id(0) * GROUP * 2, position, first, end,
-                     N, score_stride, scale, W, READ, BITS, GROUP, BLOCK_SIZE, PER, SCORE_STAGES, BLOCK_REDUCE,
-                     POSITIVE, NATIVE)  # fmt: skip
+        part = tl.program_id(0) * GROUP * 2
+        if (not SUMMARISED) | NORMS_APART:
+            score_blocks(queries, codes, asked, base, unit, visible, scores,
+                         (label_parts if SUMMARISED else norm_parts) + part, position, first, end, N, q_stride_h,
+                         visible_stride, score_stride, scale, W, READ, BITS, GROUP, BLOCK_SIZE, PER, SCORE_STAGES,
+                         BLOCK_REDUCE, EXACT, MASKED, POSITIVE, NATIVE)  # fmt: skip
+        if SUMMARISED:
+            # Over the labels' scores, of which the norms alone are wanted
+            tl.debug_barrier()
+            score_summaries(queries, summary, beside, visible, scores, norm_parts + part, position, first, end,
+                            q_stride_h, visible_stride, score_stride, radius, scale, D, DP, GROUP, BLOCK_SIZE,
+                            PER_SUMMARIES, SCORE_STAGES, KIND, MASKED, POSITIVE, NATIVE)  # fmt: skip
         if LAST > 0:
             meet(arrivals, PROGRAMS)
     if (FIRST <= 1) & (LAST >= 1):
         tops, shares = (), ()
         if POSITIVE:
-            tops, shares = join_norms(norm_parts, norms, GROUP, PROGRAMS, PP, NATIVE)
+            tops, shares = join_norms(norm_parts, None if NORMS_APART else norms, GROUP, PROGRAMS, PP, NATIVE)
+        if NORMS_APART:
+            join_norms(label_parts, norms, GROUP, PROGRAMS, PP, NATIVE)
         rank_blocks(scores, tops, shares, block_keys, first, end, position, sinks, recent, score_stride, GROUP, RANK_BN,
-                    BLOCK_SIZE, REDUCE, NATIVE)  # fmt: skip
+                    BLOCK_SIZE, MASKED, REDUCE, NATIVE)  # fmt: skip
         if LAST > 1:
             meet(arrivals, PROGRAMS, 2)
     first_block, end_block = share(K, PROGRAMS)
@@ -109,8 +145,9 @@ def two_level(
         tl.store(block_counts, n_kept)
         tl.debug_barrier()
     if (FIRST <= 3) & (LAST >= 3) & (not BY_BLOCK):
-        rank_tokens(codes, asked, base, unit, norms, blocks, keys, position, sinks, recent, first_block, end_block, N,
-                    scale, W, BITS, GROUP, BLOCK_SIZE, PER_TOKENS, REDUCE, NATIVE)  # fmt: skip
+        rank_tokens(queries, codes, asked, base, unit, visible, norms, blocks, keys, position, sinks, recent,
+                    first_block, end_block, N, q_stride_h, visible_stride, scale, W, BITS, GROUP, BLOCK_SIZE,
+                    PER_TOKENS, EXACT, MASKED, REDUCE, NATIVE)  # fmt: skip
         if LAST > 3:
             meet(arrivals + arrivals_stride, PROGRAMS)
     if LAST == 4:
@@ -135,9 +172,9 @@ def two_level(
         now = tl.load(clock + head) if SPLIT else 0
         acc, top, total = attend_range(
             query, k, v, scales + head * scale_stride_h, entries, pages + head * N, arrived + head * n_pages, now,
-            first, end, position, scale, k_stride_s, v_stride_s, page_stride_k, page_stride_v, D, DP, ROWS, BLOCK_SIZE,
-            "blocks" if BY_BLOCK else "tokens", PAGED, "resident" if SPLIT else "all", INT8, TILE, ATTEND_STAGES,
-            PRECISION,
+            visible, first, end, position, scale, k_stride_s, v_stride_s, page_stride_k, page_stride_v, visible_stride,
+            D, DP, GROUP, ROWS, BLOCK_SIZE, "blocks" if BY_BLOCK else "tokens", PAGED, "resident" if SPLIT else "all",
+            INT8, MASKED, TILE, ATTEND_STAGES, PRECISION,
         )  # fmt: skip
         if SPLIT:
             part = row * 2 * PROGRAMS + tl.program_id(0)
@@ -191,14 +228,19 @@ def launch_two_level(
     q: Tensor, k: Tensor | None, v: Tensor | None, seq_lens: Tensor, codes: Tensor, to_query: Tensor, low: Tensor,
     step: Tensor, arrivals: Tensor, *, bits: tuple[int, ...], block_size: int, kept_blocks: int,
     token_budget: int | None, sinks: int, recent: int, scale: float, filter_dims: int, block_reduce: str,
-    group_reduce: str, tiles: Tiles, given: Work | None = None, pages: Tensor | None = None,
-    scales: Tensor | None = None, arrived: Tensor | None = None, clock: Tensor | None = None,
+    group_reduce: str, tiles: Tiles, kind: str = "lowrank", summary: Tensor | None = None,
+    beside: Tensor | None = None, radius: float = 1.0, visible: Tensor | None = None, given: Work | None = None,
+    pages: Tensor | None = None, scales: Tensor | None = None, arrived: Tensor | None = None,
+    clock: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Work]:  # fmt: skip
     """Output [B, HQ, T, D] in q's dtype, lse float32 [B, HQ, T], and what was chosen.
 
     ``arrivals`` int32 [3, R] or wider: zeros before and after. ``token_budget`` None attends to all of the kept blocks.
     Without k and v it stops when the blocks are chosen (phases 0 to 2; output and lse are left unwritten). With
     ``given``, what that call left, it goes on from there (phases 3 and 4) inside the blocks that ``given`` names.
+    ``kind`` of the index: "box" and "mean" have ``summary`` and ``beside`` [B, HKV, N + 1, ...], see
+    :mod:`.score_summaries`; "oracle" has keys for codes, float32 [B, HKV, D, S], and no ``bits``.
+    ``visible`` int32 [B, HQ, T, N * block_size / 32], rounded up: what each head sees; all by default.
     ``pages`` int32 [B * HKV, N]: block n of a KV head is page ``pages[n]`` of k and v [B, HKV, P, block_size, D];
     with ``scales`` float32 [B, HKV, P, block_size, 2], contiguous, these are int8. With ``arrived`` int32 [B, HKV, P]
     tokens of pages where that is ``clock`` int32 [B, HKV] are left to :mod:`.attend_arrived`: in place of output and
@@ -206,6 +248,7 @@ def launch_two_level(
     """
     assert group_reduce in ("softmax_mean", "softmax_max", "max", "mean"), group_reduce
     assert block_reduce in ("max", "logsumexp"), block_reduce
+    assert kind in ("lowrank", "box", "mean", "oracle"), kind
     b, hq, t, d = q.shape
     _, hkv, w, s = codes.shape
     rows, group, n, channels = b * hkv * t, hq // hkv, s // block_size, to_query.shape[-1]
@@ -237,34 +280,37 @@ def launch_two_level(
     partial = new(rows, parts, group, d, dtype=f32) if parts > 1 else lse
     partial_lse = new(rows, parts, group, dtype=f32) if parts > 1 else lse
     norm_parts = new(rows, programs, group, 2, dtype=f32) if start == 0 else lse
+    visible = None if visible is None else visible.view(torch.uint8)
+    label_parts = torch.empty_like(norm_parts) if summary is not None else lse
     stop = LAST_PHASE if k is not None else BLOCKS_KEPT
     keys, values = (q if x is None else x for x in (k, v))
     page_stride_k, page_stride_v = (keys.stride(2), values.stride(2)) if pages is not None else (0, 0)
+    places = max(16, padded(w) * places_of(bits)) if bits else 0
     read = sum(channels_before(bits, word) < filter_dims for word in range(w))
     # Interpreted programs run one after the other: they cannot meet, so their phases are launched one by one
     phases = [(start, stop)] if NATIVE or programs == 1 else [(i, i) for i in range(start, stop + 1)]
     for first, last in phases:
         two_level[(programs, rows)](
-            q, keys, values, seq_lens, codes, to_query, low, step, arrivals if scales is None else scales,
-            arrivals if pages is None else pages, arrivals if arrived is None else arrived,
-            arrivals if clock is None else clock, work.asked, work.asked.view(torch.int8), *work[1:6],
-            work.block_words.view(torch.int16), *work[6:9], work.words.view(torch.int16), *work[9:], norm_parts,
-            partial, partial_lse, arrivals, out, lse,
+            q, keys, values, seq_lens, codes, to_query, low, step,
+            *(arrivals if x is None else x for x in (summary, beside, visible, scales, pages, arrived, clock)),
+            work.asked, work.asked.view(torch.int8), *work[1:6], work.block_words.view(torch.int16), *work[6:9],
+            work.words.view(torch.int16), *work[9:], norm_parts, label_parts, partial, partial_lse, arrivals, out, lse,
             q.stride(0), q.stride(1), q.stride(2), keys.stride(0), keys.stride(1), keys.stride(-2),
             values.stride(0), values.stride(1), values.stride(-2), page_stride_k, page_stride_v,
             0 if scales is None else scales.stride(1), 0 if arrived is None else arrived.shape[2], arrivals.stride(0),
             work.scores.shape[2], work.words.shape[1], hkv, t, n, kept, chosen, scale, sinks, recent, filter_dims,
-            D=d, DP=padded(d, 16), C=channels, W=w, READ=read, BITS=bits, PLACES=max(16, padded(w) * places_of(bits)),
-            GROUP=group, GP=padded(group), ROWS=padded(group, 16), BLOCK_SIZE=block_size,
-            PER=tiles.blocks_of(tiles.score_words, read, block_size, n), SCORE_STAGES=tiles.score_stages,
-            RANK_BN=min(padded(-(-n // programs)), block_chunk), BLOCK_BN=block_chunk, BLOCK_CHUNKS=block_chunks,
-            KP=padded(-(-kept // programs)),
+            radius,
+            D=d, DP=padded(d, 16), C=channels, W=w, READ=read, BITS=bits, PLACES=places, GROUP=group, GP=padded(group),
+            ROWS=padded(group, 16), BLOCK_SIZE=block_size,
+            PER=tiles.blocks_of(tiles.score_words, read, block_size, n), PER_SUMMARIES=tiles.summaries_of(padded(d), n),
+            SCORE_STAGES=tiles.score_stages, RANK_BN=min(padded(-(-n // programs)), block_chunk), BLOCK_BN=block_chunk,
+            BLOCK_CHUNKS=block_chunks, KP=padded(-(-kept // programs)),
             PER_TOKENS=tiles.blocks_of(tiles.rank_words, w, block_size, kept), TOKEN_BN=token_chunk,
             TOKEN_CHUNKS=token_chunks, MP=padded(max(1, -(-chosen // programs))), TILE=tiles.attend_tile,
-            ATTEND_STAGES=tiles.attend_stages, BY_BLOCK=by_block, PAGED=pages is not None,
-            SPLIT=arrived is not None, INT8=scales is not None, BLOCK_REDUCE=block_reduce, REDUCE=group_reduce,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            PROGRAMS=programs, PP=padded(programs), PREFETCH=NATIVE and programs > 1 and first == 0, FIRST=first,
+            ATTEND_STAGES=tiles.attend_stages, KIND=kind, MASKED=visible is not None, BY_BLOCK=by_block,
+            PAGED=pages is not None, SPLIT=arrived is not None, INT8=scales is not None, BLOCK_REDUCE=block_reduce,
+            REDUCE=group_reduce, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", PROGRAMS=programs,
+            PP=padded(programs), PREFETCH=NATIVE and programs > 1 and first == 0 and kind == "lowrank", FIRST=first,
             LAST=last, NATIVE=NATIVE, num_warps=tiles.warps, launch_pdl=NATIVE,
             launch_cooperative_grid=NATIVE and programs > 1,
         )  # fmt: skip

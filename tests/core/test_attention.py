@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 from unittest import mock
@@ -176,7 +177,7 @@ def test_errors_name_what_was_expected() -> None:
         (
             lambda: tls.two_level_attention(q, k, v, index, CFG, score_mod=lambda s, *_: s, backend="triton"),
             tls.BackendUnavailable,
-            r"backend='triton' cannot run this: it takes no score_mod and no mask_mod; use 'flex' or 'auto'",
+            r"backend='triton' cannot run this: it takes no score_mod; use 'flex' or 'auto'",
         ),
         (
             lambda: tls.two_level_attention(q, k.mT.contiguous().mT, v, index, CFG, backend="triton"),
@@ -188,8 +189,7 @@ def test_errors_name_what_was_expected() -> None:
             call()  # type: ignore[no-untyped-call]
 
 
-@pytest.mark.parametrize("mod", ["score_mod", "mask_mod"])
-def test_auto_takes_flex_with_a_users_mod(mod: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_flex_with_a_users_mod_and_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU that has the fused kernels: without the mod it takes those."""
     taken = []
 
@@ -200,10 +200,12 @@ def test_auto_takes_flex_with_a_users_mod(mod: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fused, "why_not_here", lambda device: None)
     monkeypatch.setattr(attention, "resolve_backend", resolve)
     case = make(CFG, lens=[60], s=64)
-    mods: dict[str, Any] = {"score_mod": lambda s, *_: s, "mask_mod": lambda b, h, q, k: k >= 0}
-    for chosen in ({}, {mod: mods[mod]}):
+    mods: tuple[dict[str, Any], ...] = ({}, {"mask_mod": lambda b, h, q, k: k >= 0}, {"score_mod": lambda s, *_: s})
+    for chosen in mods:
         attend(case.q, case.k, case.v, case.index(), CFG, **chosen)
-    assert taken == ["triton", "flex"]
+    boxes = make(dataclasses.replace(CFG, index="box"), lens=[60], s=64)
+    attend(boxes.q, boxes.k, boxes.v, boxes.index(), boxes.cfg)
+    assert taken == ["triton", "flex", "flex", "flex"]
 
 
 @given(case=cases(), piece=st.integers(1, 300))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flex_tls as tls
-from flex_tls import attention, cache_layer, device, explanation
+from flex_tls import attention, cache_layer, device, explanation, fused
 from tests.integrations.models import SPARSE, make, prompts
 
 WINDOWED = "qwen2, some windows"
@@ -54,13 +54,14 @@ def test_the_attention_that_runs_is_the_one_explained(
 
 
 def test_the_text_says_what_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "why_not_here", lambda device: None)
     model = make(WINDOWED)
     text = str(tls.explain(model, cache_for(model), context_tokens=36))
     assert "compiled: the compiled step has no sliding windows" in text
     assert "0       full       -             36      -        sdpa" in text
     assert "dense_layers=1: this layer stays dense" in text
     assert "36 tokens in sight, the budgets hold 32" in text
-    assert "not triton: it takes no score_mod and no mask_mod" in text
+    assert "not triton: it was not measured with a mask_mod" in text
     model = make("qwen3")
     monkeypatch.setattr(explanation, "why_not_compiled", lambda cache, device: None)
     explained = tls.explain(model, cache_for(model))

@@ -82,6 +82,19 @@ def test_the_flex_backend_gives_the_reference_backend_s_logits() -> None:
     torch.testing.assert_close(flex, reference, rtol=1e-4, atol=1e-4)
 
 
+def test_the_fused_kernel_gives_the_reference_backend_s_logits_in_windowed_layers() -> None:
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, forced = make("mistral, window").to(device), prompts(2, 2)["input_ids"].to(device)
+    inputs = {name: x.to(device) for name, x in prompts(90, 64).items()}
+    tls.enable(model)
+    fused, reference = (
+        logits(model, inputs, new_cache(model, SPARSE, batch_size=2, backend=backend), forced)
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(fused, reference, rtol=1e-4, atol=1e-4)
+
+
 def test_generate_continues_a_conversation() -> None:
     model, first = make(), prompts(50, 23)
     tls.enable(model)
