@@ -62,7 +62,21 @@ class Measured:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CaseRow(Measured):
+class Timed(Measured):
+    """Microseconds of one kernel or operator, and its error."""
+
+    dtype: str
+    median_us: float
+    p10_us: float
+    p90_us: float
+    # Samples behind the three figures; one sample is one replay of a graph, see timing.py
+    runs: int
+    # ||out - ref|| / ||ref||, ref in float64 over the same tokens; the worst of the input sets
+    rel_error: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaseRow(Timed):
     """A time in one case. B, HQ, HKV, D, S as in docs/design.md; budgets in tokens per KV head."""
 
     HQ: int
@@ -72,14 +86,6 @@ class CaseRow(Measured):
     block_size: int
     block_budget: int
     token_budget: int | None
-    dtype: str
-    median_us: float
-    p10_us: float
-    p90_us: float
-    # Samples behind the three figures; one sample is one replay of a graph, see timing.py
-    runs: int
-    # ||out - ref|| / ||ref||, ref in float64 over the same tokens; the worst of the input sets
-    rel_error: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,18 +104,12 @@ class Row(CaseRow):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProductRow(Measured):
+class ProductRow(Timed):
     """One matrix product of a step of model ``case``: B rows of inputs, ``K`` long, with weights [N, K]."""
 
     product: str
     N: int
     K: int
-    dtype: str
-    median_us: float
-    p10_us: float
-    p90_us: float
-    runs: int
-    rel_error: float
     # Bytes of the weights over the read bandwidth measured in the same run
     floor_us: float
 
