@@ -100,6 +100,8 @@ def _baselines(provider: str) -> tuple[str, ...]:
     if "_skinny" in provider:
         nearest = "dense_skinny_overlapped" if provider.endswith("_overlapped") else "dense_skinny"
         return nearest, "dense_skinny"
+    if provider.endswith("_overlapped"):
+        return "dense_overlapped", "dense"
     return ("dense_tuned",) if provider.endswith("_tuned") else ("dense",)
 
 

@@ -12,7 +12,7 @@ from ._check import check_tensor
 from .bound import missed_mass_bound
 from .config import TLSConfig
 from .flex import attend_flex
-from .fused import attend_fused, selections, why_not_by_default, why_not_fused
+from .fused import attend_fused, selections, why_not_fused
 from .index import KVIndex
 from .mods import MaskMod, ScoreMod
 from .reference import attention_reference
@@ -164,9 +164,10 @@ def attend(
     check_tensor("v", v, shape, "B, HKV, S, D", like=q)
     check_query(q, index, cfg)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    obstacle = why_not_fused(q, k, v, has_score_mod=score_mod is not None, scale=scale)
-    if backend == "auto":
-        obstacle = obstacle or why_not_by_default(cfg, has_mask=mask_mod is not None)
+    obstacle = why_not_fused(
+        q, k, v, cfg, backend=backend, has_score_mod=score_mod is not None, has_mask_mod=mask_mod is not None,
+        scale=scale,
+    )  # fmt: skip
     chosen = resolve_backend(backend, q.device, obstacle)
     if chosen == "triton":
         parts = attend_fused(q, k, v, index, cfg, scale, mask_mod=mask_mod)

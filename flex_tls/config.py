@@ -53,7 +53,7 @@ class TLSConfig:
             blocks that it meets.
         sparse_query_tokens: chunks of more query tokens than this attend densely in a model (prefill).
         sparse_from_tokens: contexts of fewer tokens attend densely in a model, whatever the budgets; in short ones
-            reading everything is faster (up to some 30,000 tokens at batch size 1 on an H100; docs/design.md). Used by
+            reading everything is faster (up to some 20,000 tokens at batch size 1 on an H100; docs/design.md). Used by
             ``TLSCache``, without offload.
     """
 

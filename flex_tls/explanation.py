@@ -13,7 +13,7 @@ from .attention import BackendUnavailable, resolve_backend
 from .cache import TLSCache
 from .cache_layer import TLSLayer
 from .config import TLSConfig
-from .fused import why_not_by_default, why_not_fused
+from .fused import why_not_fused
 from .model_config import ModelShape, read_model_config
 from .offload import OffloadConfig, transfer_path
 from .offloaded_layer import OffloadedLayer
@@ -193,9 +193,9 @@ def _plan(layer: TLSLayer, cache: TLSCache, context: int, device: torch.device, 
     if why is None:
         why = f"{reach:,} tokens in sight, the budgets hold {cfg.held_tokens:,}"
         q = torch.empty(1, 1, 1, cache.shape.head_dim, dtype=cache.dtype, device=device)
-        obstacle = why_not_fused(q, q, q, has_score_mod=False, scale=1.0)
-        if cache.backend == "auto":
-            obstacle = obstacle or why_not_by_default(cfg, has_mask=layer.window is not None)
+        obstacle = why_not_fused(
+            q, q, q, cfg, backend=cache.backend, has_score_mod=False, has_mask_mod=layer.window is not None, scale=1.0
+        )
         if isinstance(layer, OffloadedLayer):
             obstacle = WHY_NOT_PAGED
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from ._code import with_own_code
+from .compiled import compiled
 from .config import TLSConfig
 from .index import KVIndex
 from .masks import block_mask, fold_groups, token_score_mod, unfold_groups
@@ -20,11 +19,6 @@ from .reference import attention_reference
 from .selection import BlockSelection, TokenSelection, select
 
 Result = tuple[Tensor, Tensor | None, BlockSelection, TokenSelection]
-
-# Distinct pairs of user mods that one process may compile. More means that a mod is made anew in every step.
-MAX_MODS = 64
-
-_compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
 
 
 def attend_flex(
@@ -49,25 +43,6 @@ def attend_flex(
     with torch.no_grad():
         result: Result = run(q, k, v, index, cfg, score_mod, mask_mod, scale, return_lse)
     return result
-
-
-def compiled(
-    function: Callable[..., Any], tensors: Sequence[Tensor], settings: tuple[object, ...], score_mod: ScoreMod | None,
-    mask_mod: MaskMod | None,
-) -> Callable[..., Any]:  # fmt: skip
-    """``function`` compiled for these tensors' layouts, settings and mods, which are all that it may depend on.
-
-    What a user's mods capture is looked at anew in every call.
-    """
-    layouts = tuple((x.dtype, x.shape, x.stride(), x.is_inference()) for x in tensors)
-    device = tensors[0].device
-    state = (device, layouts, torch.is_autocast_enabled(device.type))
-    key = (function, state, settings, score_mod, mask_mod)
-    run = _compiled.get(key)
-    if run is None:
-        _check_mods(score_mod, mask_mod)
-        run = _compiled[key] = _compile(function, guarded=score_mod is not None or mask_mod is not None)
-    return run
 
 
 def kernel_options(device: torch.device, n_rows: int, n_heads: int) -> dict[str, Any]:
@@ -139,28 +114,3 @@ def _attend(
     if return_lse:
         lse = attention_reference(q, k, v, tokens, scale=scale, score_mod=score_mod, mask_mod=mask_mod)[1].float()
     return unfold_groups(result, blocks.group), lse if return_lse else None, blocks, tokens
-
-
-def _compile(function: Callable[..., Any], guarded: bool) -> Callable[..., Any]:
-    """A compiled copy of ``function``, one for each key: compiled once, for good.
-
-    Unless ``guarded`` Dynamo looks at nothing before it runs the graph: the key says it all, and guards took 0.17 ms of
-    a layer's 1.1 on a CPU.
-    """
-    return torch.compile(
-        with_own_code(function), fullgraph=True, dynamic=False,
-        options={} if guarded else {"guard_filter_fn": _no_guards},
-    )  # fmt: skip
-
-
-def _no_guards(guards: Sequence[object]) -> list[bool]:
-    return [False] * len(guards)
-
-
-def _check_mods(score_mod: ScoreMod | None, mask_mod: MaskMod | None) -> None:
-    known = {key[-2:] for key in _compiled}
-    if (score_mod, mask_mod) not in known and len(known) >= MAX_MODS:
-        raise RuntimeError(
-            f"score_mod, mask_mod: {MAX_MODS} distinct pairs were compiled already; define a mod once and let it "
-            "read tensors that you update in place, instead of making a new function in every step"
-        )

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .compiled import compiled
 from .config import TLSConfig
 from .device import is_interpreted, why_not_here
-from .flex import compiled
 from .index import MAX_QUERY_TOKENS, KVIndex
 from .mods import MaskMod, apply_mods, query_positions
 from .selection import BlockSelection, TokenSelection, pack_words
@@ -23,8 +23,11 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def why_not_fused(q: Tensor, k: Tensor, v: Tensor, *, has_score_mod: bool, scale: float) -> str | None:
-    """What keeps a call from the fused kernels; None if nothing does."""
+def why_not_fused(
+    q: Tensor, k: Tensor, v: Tensor, cfg: TLSConfig, *, backend: str, has_score_mod: bool, has_mask_mod: bool,
+    scale: float,
+) -> str | None:  # fmt: skip
+    """What keeps a call with ``backend`` from the fused kernels; None if nothing does."""
     if has_score_mod:
         return "it takes no score_mod"
     if q.dtype not in DTYPES:
@@ -38,12 +41,12 @@ def why_not_fused(q: Tensor, k: Tensor, v: Tensor, *, has_score_mod: bool, scale
     obstacle = why_not_here(q.device)
     if obstacle is None and q.dtype == torch.bfloat16 and is_interpreted():
         return "triton's interpreter multiplies bfloat16 as integers (3.7)"
-    return obstacle
+    return why_not_by_default(cfg, has_mask_mod) if obstacle is None and backend == "auto" else obstacle
 
 
-def why_not_by_default(cfg: TLSConfig, *, has_mask: bool) -> str | None:
+def why_not_by_default(cfg: TLSConfig, has_mask_mod: bool) -> str | None:
     """What keeps ``"auto"`` from the fused kernels where they can run: they were not measured there."""
-    if has_mask:
+    if has_mask_mod:
         return "it was not measured with a mask_mod"
     if cfg.index != "lowrank":
         return f"it was not measured with index={cfg.index!r}"
@@ -89,10 +92,12 @@ def summary_of(index: KVIndex) -> dict[str, Any]:
     """By what level 1 scores blocks, for the op that takes every kind of index."""
     if index.summary is None:
         return {"kind": index.cfg.index}
-    summary, beside = index.summary.tensors.values()
+    tensors = index.summary.tensors
     if isinstance(index.summary, MinMaxSummary):
-        return {"kind": "box", "summary": summary, "beside": beside, "radius": index.summary.radius}
-    return {"kind": "mean", "summary": summary, "beside": beside}
+        return {
+            "kind": "box", "summary": tensors["low"], "beside": tensors["high"], "radius": index.summary.radius
+        }  # fmt: skip
+    return {"kind": "mean", "summary": tensors["total"], "beside": tensors["count"]}
 
 
 def visible_to(q: Tensor, index: KVIndex, seq_lens: Tensor, mask_mod: MaskMod) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from .attention import Attended, Backend, resolve_backend
+from .compiled import compiled
 from .config import TLSConfig
-from .flex import compiled, kernel_options
+from .flex import kernel_options
 from .index import KVIndex
 from .masks import block_mask, fold_groups, token_score_mod, unfold_groups
 from .mods import MaskMod, ScoreMod

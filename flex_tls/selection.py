@@ -132,8 +132,7 @@ def select_tokens(
     Arguments as in :func:`select_blocks`. Ties go to the lower position. Source: arXiv 2604.07815 (level 2).
     """
     _check(q, index, cfg)
-    scores = token_scores(q, index, score_mod, mask_mod, scale)
-    few = scores if cfg.filter_dims is None else token_scores(q, index, score_mod, mask_mod, scale, cfg.filter_dims)
+    scores, few = level_scores(q, index, cfg, score_mod, mask_mod, scale)
     return tokens_from_scores(index, cfg, blocks, scores, label_block_scores(few, cfg))
 
 

@@ -16,9 +16,9 @@ MOST_ROWS = 4
 def why_not_skinny(weight: Tensor) -> str | None:
     """What keeps a product with ``weight`` from the kernel; None if nothing does."""
     if weight.dtype not in DTYPES:
-        return f"it takes bfloat16, float16 and float32, got {weight.dtype}"
+        return f"the kernel takes bfloat16, float16 and float32, got {weight.dtype}"
     if weight.stride(1) != 1:
-        return f"it reads weights along contiguous columns, got strides {weight.stride()}"
+        return f"the kernel reads weights along contiguous columns, got strides {weight.stride()}"
     return why_not_here(weight.device)
 
 
@@ -31,6 +31,7 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     k = x.shape[-1]
     rows = x.numel() // max(1, k)
     fits = (x.dtype, x.device, k) == (weight.dtype, weight.device, weight.shape[1])
+    fits = fits and (bias is None or (bias.dtype, bias.device, bias.is_contiguous()) == (x.dtype, x.device, True))
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if not fits or learns or not 0 < rows <= MOST_ROWS or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)

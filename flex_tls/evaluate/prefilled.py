@@ -67,9 +67,9 @@ class Prefilled:
     def backend_for(self, method: Method) -> str:
         """What decodes a method: "sdpa" for dense attention, "eviction" for H2O, otherwise a backend.
 
-        That is the one asked for, or ("auto") the fused kernels where they can run. Elsewhere "auto" is the reference
-        here, which selects and attends to the same: compiling every configuration of a comparison would take longer
-        than running it.
+        That is the one asked for, or ("auto") the fused kernels, with index "lowrank" and no sliding windows, where
+        they can run. Elsewhere "auto" is the reference here, which selects and attends to the same: compiling every
+        configuration of a comparison would take longer than running it.
         """
         if method.cfg is None:
             return "sdpa"
@@ -81,7 +81,7 @@ class Prefilled:
         device = self.model.device
         windows = any(layer.window is not None for layer in self._cache.tls_layers)
         here = device.type == "cuda" and why_not_here(device) is None
-        return "triton" if here and why_not_by_default(cfg, has_mask=windows) is None else "reference"
+        return "triton" if here and why_not_by_default(cfg, windows) is None else "reference"
 
     @property
     def head_dim(self) -> int:

@@ -23,7 +23,7 @@ class _Product:
     """The product of siblings, or of one alone. Weights [sum of rows, columns]; holds an input until all have read."""
 
     def __init__(self, parts: list[nn.Linear], linear: Linear) -> None:
-        self.linear = linear
+        self.linear, self.parts = linear, parts
         self.sizes = [part.out_features for part in parts]
         self.weight = _joined([part.weight.data for part in parts])
         self.bias = _joined([part.bias.data for part in parts]) if parts[0].bias is not None else None
@@ -33,11 +33,18 @@ class _Product:
         if self.bias is not None:
             for part, rows in zip(parts, _split(self.bias, self.sizes, 0), strict=True):
                 part.bias.data = rows
+        self._starts = [part.weight.data_ptr() for part in parts]
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = []
 
     def take(self, x: Tensor, i: int) -> Tensor:
         """Part ``i`` of the product with x [..., columns]; computed for the first part that asks."""
+        # A traced call cannot ask
+        if not torch.compiler.is_compiling() and self.parts[i].weight.data_ptr() != self._starts[i]:
+            raise RuntimeError(
+                "fused projections: expected weights where fuse_projections laid them, got others: the model was moved,"
+                " cast, copied or loaded with assign=True; call unfuse_projections(model), and fuse again"
+            )
         if self._input is not x or self._outputs[i] is None:
             self._input = x
             self._outputs = list(_split(self.linear(x, self.weight, self.bias), self.sizes, -1))
@@ -54,31 +61,35 @@ def fuse_projections(model: nn.Module, *, skinny: bool = False) -> int:
 
     In place; the same sums, though a longer product may add in another order. Weights are laid behind each other, one
     layer at a time, and held once: parameters become views and keep their names. :func:`unfuse_projections` undoes it.
-    For inference: do not move or cast the model while it is fused. Fused again, weights stay where they are.
+    For inference; write weights in place alone, as ``load_state_dict`` does: a model that is moved, cast or copied
+    while it is fused raises RuntimeError. Fused again, weights stay where they are.
 
     Args:
         model: a transformers decoder.
         skinny: compute every ``nn.Linear`` of the model, the LM head's too, by a kernel that reads weights as fast as
             memory gives them, where up to 4 rows (B * T) meet it: decode steps. More rows meet PyTorch's product.
-            Needs CUDA with compute capability 9.0, bfloat16, float16 or float32.
+            Needs triton, CUDA with compute capability 9.0 or newer, bfloat16, float16 or float32. Counts single
+            products too.
 
     Raises:
-        ValueError: nothing to fuse: no plain ``nn.Linear`` siblings (quantised weights, another model, fused already);
-            ``skinny`` where its kernel cannot run (says why). The model is as it was.
+        ValueError: nothing to fuse: no plain ``nn.Linear`` siblings (quantised weights, another model, fused already,
+            a forward of their own); ``skinny`` where its kernel cannot run (says why). The model is as it was.
     """
     families = [parts for module in model.modules() for names in SIBLINGS if (parts := _siblings(module, names))]
     if not families:
         raise ValueError(
             f"model: expected layers with {' or '.join(map('/'.join, SIBLINGS))} as torch.nn.Linear, found none in "
-            f"{type(model).__name__}; quantised weights cannot be fused, and a model is fused once"
+            f"{type(model).__name__}; quantised weights and layers with a forward of their own (accelerate's hooks) "
+            "cannot be fused, and a model is fused once: unfuse_projections(model) before it is fused otherwise"
         )
     if skinny:
         taken = {id(part) for parts in families for part in parts}
         linears = (part for part in model.modules() if isinstance(part, nn.Linear))
         families += [[part] for part in linears if _is_plain(part) and id(part) not in taken]
-        for part in (part for parts in families for part in parts):
-            if obstacle := why_not_skinny(part.weight):
-                raise ValueError(f"skinny: its kernel cannot run on this model: {obstacle}; leave it out")
+        ours = {id(part) for parts in families for part in parts}
+        for name, part in model.named_modules():
+            if id(part) in ours and (obstacle := why_not_skinny(part.weight)):
+                raise ValueError(f"skinny: {name}: {obstacle}; leave it out")
     for parts in families:
         product = _Product(parts, skinny_linear if skinny else F.linear)
         for i, part in enumerate(parts):
@@ -133,5 +144,8 @@ def _share(a: Tensor, b: Tensor) -> bool:
 
 
 def _alike(parts: list[nn.Linear]) -> bool:
-    kinds = {(part.in_features, part.weight.dtype, part.weight.device, part.bias is None) for part in parts}
+    kinds = {
+        (part.in_features, part.weight.dtype, part.weight.device, None if part.bias is None else part.bias.dtype)
+        for part in parts
+    }
     return len(kinds) == 1

@@ -114,6 +114,7 @@ def skinny_product(
 def launch_skinny_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Product x [M, K] @ weight [N, K]^T + bias [N] -> [M, N]; M from 1 to 4, columns contiguous, summed in float32."""
     (rows, k), n = x.shape, weight.shape[0]
+    assert rows <= len(TILES)
     tile = TILES[rows - 1]
     columns = min(tile.columns, padded(k, 64))
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)

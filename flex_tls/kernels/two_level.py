@@ -196,8 +196,8 @@ class Work(NamedTuple):
 
     Attributes:
         asked, base, unit: the query in label space; see :func:`flex_tls.kernels.ask.ask`.
-        scores: float32 [R, G, N'], label score of each block.
-        norms: float32 [R, G, 2], level 1's softmax: its largest score, and 1 / (sum * G).
+        scores: float32 [R, G, N'], score of each block, by its labels or its summary.
+        norms: float32 [R, G, 2], the softmax over blocks' label scores: the largest, and 1 / (sum * G).
         block_words: int32 [R, N' / 2], keys of blocks, two in a word.
         blocks, block_counts: int32 [R, K], ascending, N past the count; int32 [R].
         words: int32 [R, (K * block_size)' / 2], keys of the kept blocks' tokens, two in a word.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flex_tls as tls
-from flex_tls import attention, flex, fused
+from flex_tls import attention, compiled, fused
 from flex_tls.attention import attend, resolve_backend
 from flex_tls.mods import exact_scores, query_positions
 from flex_tls.reference import attention_reference
@@ -146,7 +146,7 @@ def test_the_op_traces_into_a_users_own_compiled_step() -> None:
 
 
 def test_a_new_mod_in_every_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "MAX_MODS", len({key[-2:] for key in flex._compiled}))
+    monkeypatch.setattr(compiled, "MAX_MODS", len({key[-2:] for key in compiled._compiled}))
     case = make(CFG, lens=[300], s=320)
     with pytest.raises(RuntimeError, match=r"score_mod, mask_mod: \d+ distinct pairs were compiled already; define"):
         tls.two_level_attention(case.q, case.k, case.v, case.index(), CFG, score_mod=lambda s, b, h, q, k: s)

@@ -6,11 +6,12 @@ from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import flex_tls as tls
+from flex_tls.attention import attend
 from flex_tls.config import GroupReduce
 from flex_tls.selection import keep_best, reduce_group
 from tests.cases import Case, cases, make
@@ -68,6 +69,24 @@ def test_every_query_token_of_a_chunk_selects_as_if_it_came_alone(case: Case) ->
         assert torch.equal(mask, tokens.mask[:, :, query])
         if int(index.seq_lens.min()) > 0:
             index.crop(index.seq_lens - 1, case.k)
+
+
+BOXES = tls.TLSConfig(
+    index="box", block_size=16, block_budget=64, token_budget=24, sink_tokens=4, recent_tokens=4, label_bits=(4, 2),
+    filter_dims=8,
+)  # fmt: skip
+
+
+@given(cases())
+@example(make(BOXES, lens=[200, 90], s=200, d=32, group=4, seed=2))
+def test_the_two_levels_by_hand_select_what_the_operator_does(case: Case) -> None:
+    index = case.index()
+    want = attend(case.q, case.k, case.v, index, case.cfg, backend="reference")
+    assert want.blocks is not None
+    assert want.tokens is not None
+    blocks = tls.select_blocks(case.q, index, case.cfg)
+    assert torch.equal(blocks.indices, want.blocks.indices)
+    assert torch.equal(tls.select_tokens(case.q, index, blocks, case.cfg).mask, want.tokens.mask)
 
 
 @given(cases(kinds=("oracle",), max_t=2), st.sampled_from(get_args(GroupReduce)))

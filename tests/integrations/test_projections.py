@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -173,7 +174,9 @@ def test_skinny_products_refuse_weights_that_do_not_lie_in_rows() -> None:
     model = make("llama").to(DEVICE)
     layer = model.base_model.layers[0].mlp.down_proj
     layer.weight.data = layer.weight.data.T.contiguous().T
-    with pytest.raises(ValueError, match=r"skinny: .* it reads weights along contiguous columns, got strides \(1, "):
+    with pytest.raises(
+        ValueError, match=r"skinny: .*down_proj: the kernel reads weights along contiguous columns, got strides \(1, "
+    ):
         tls.fuse_projections(model, skinny=True)
     assert tls.unfuse_projections(model) == 0
 
@@ -191,14 +194,35 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="here it can run")
 def test_skinny_products_that_cannot_run_here_are_refused_and_nothing_is_changed() -> None:
     model = make("llama")
-    with pytest.raises(ValueError, match=r"skinny: its kernel cannot run .* its kernels need a CUDA device"):
+    with pytest.raises(ValueError, match=r"skinny: \S+_proj: its kernels need a CUDA device"):
         tls.fuse_projections(model, skinny=True)
     assert tls.unfuse_projections(model) == 0
 
 
+@pytest.mark.parametrize("change", ["cast", "copied", "assigned"])
+def test_weights_that_lie_elsewhere_are_refused(change: str) -> None:
+    """What was fused would go on computing with the weights that it knows."""
+    model = make("llama")
+    tls.fuse_projections(model)
+    if change == "cast":
+        model.double().float()
+    elif change == "copied":
+        model = copy.deepcopy(model)
+    else:
+        model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match=r"expected weights where fuse_projections laid them, .* unfuse_projections"):
+        logits(model)
+    tls.unfuse_projections(model)
+    logits(model)
+    tls.fuse_projections(model)
+    logits(model)
+
+
 def test_skinny_products_refuse_another_dtype() -> None:
     model = make("llama").double()
-    with pytest.raises(ValueError, match=r"skinny: .* it takes bfloat16, float16 and float32, got torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"skinny: \S+: the kernel takes bfloat16, float16 and float32, got torch.float64"
+    ):
         tls.fuse_projections(model, skinny=True)
     assert tls.unfuse_projections(model) == 0
 

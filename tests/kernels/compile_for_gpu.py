@@ -64,8 +64,10 @@ CASES: dict[str, Callable[[], None]] = {
     "float32, five heads, a mask": lambda: attention(torch.float32, group=5, hkv=2, s=8192, mask=window),
     "boxes": lambda: attention(index="quest", hkv=2),
     "means and a mask, raw ranks": lambda: attention(index="mean", hkv=2, mask=window, group_reduce="mean"),
+    "sixteen heads and a mask": lambda: attention(group=16, hkv=1, s=8192, mask=window),
     "keys": lambda: attention(index="oracle", hkv=1, s=8192),
     "one row": lambda: products(1),
+    "two rows": lambda: products(2),
     "four rows": lambda: products(4),
 }
 
