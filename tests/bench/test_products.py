@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import rows
+from bench import rows, timing
 from bench.__main__ import main
 from bench.products import shapes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def test_the_command_appends_rows_of_every_product(tmp_path: Path) -> None:
+def test_the_command_appends_rows_of_every_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    # Interpreted, a call takes a second
+    monkeypatch.setattr(timing, "WARM_UP", 0)
     out = tmp_path / "rows.jsonl"
     options = ["--device", DEVICE, "--model", "tiny", "--rows", "2,5", "--runs", "2", "--commit", "abc"]
     assert main(["run", "products", *options, "--out", str(out)]) == 0

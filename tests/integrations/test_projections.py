@@ -74,10 +74,9 @@ def test_siblings_are_one_matrix_product_in_a_traced_layer() -> None:
 
 
 @needs_kernel
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_skinny_products_give_the_same_logits_and_undo(family: str) -> None:
-    """Of every projection, the head's too; a long prompt's rows are too many, and meet PyTorch's product."""
-    model = make(family).to(DEVICE)
+def test_skinny_products_give_the_same_logits_and_undo() -> None:
+    """Of every projection, with biases, the head's too; a prompt's rows are too many, and meet PyTorch's product."""
+    model = make("qwen2").to(DEVICE)
     ids = torch.arange(70, device=DEVICE)[None] % 50
 
     def run() -> list[torch.Tensor]:
