@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flex_tls._check import dtype_name
 from flex_tls.device import why_not_here
 from flex_tls.skinny import MOST_ROWS, skinny_product
 
@@ -54,6 +55,6 @@ def measure(
             error = (providers[provider](x, weights[0]).double() - truth).norm() / truth.norm()
             yield ProductRow(
                 bench="products", case=model, B=m, provider=provider, product=name, N=n, K=k,
-                dtype=str(dtype).removeprefix("torch."), floor_us=weights[0].nbytes / bytes_per_us,
+                dtype=dtype_name(dtype), floor_us=weights[0].nbytes / bytes_per_us,
                 rel_error=float(error), **figures._asdict(), **machine._asdict(),
             )  # fmt: skip

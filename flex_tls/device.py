@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 INSTALLED = find_spec("triton") is not None
+# That the kernels compute in
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def why_not_here(device: torch.device) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .compiled import compiled
 from .config import TLSConfig
-from .device import is_interpreted, why_not_here
+from .device import DTYPES, is_interpreted, why_not_here
 from .index import MAX_QUERY_TOKENS, KVIndex
 from .mods import MaskMod, apply_mods, query_positions
 from .selection import BlockSelection, TokenSelection, pack_words
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from .kernels.tiles import Tiles
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def why_not_fused(

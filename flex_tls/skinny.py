@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .device import why_not_here
+from .device import DTYPES, why_not_here
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Rows of inputs that the kernel takes: with more, PyTorch's own product is as fast (docs/design.md, section 9)
 MOST_ROWS = 4
 

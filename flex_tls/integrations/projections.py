@@ -84,12 +84,12 @@ def fuse_projections(model: nn.Module, *, skinny: bool = False) -> int:
         )
     if skinny:
         taken = {id(part) for parts in families for part in parts}
-        linears = (part for part in model.modules() if isinstance(part, nn.Linear))
-        families += [[part] for part in linears if _is_plain(part) and id(part) not in taken]
-        ours = {id(part) for parts in families for part in parts}
         for name, part in model.named_modules():
-            if id(part) in ours and (obstacle := why_not_skinny(part.weight)):
-                raise ValueError(f"skinny: {name}: {obstacle}; leave it out")
+            if isinstance(part, nn.Linear) and _is_plain(part):
+                if obstacle := why_not_skinny(part.weight):
+                    raise ValueError(f"skinny: {name}: {obstacle}; leave it out")
+                if id(part) not in taken:
+                    families.append([part])
     for parts in families:
         product = _Product(parts, skinny_linear if skinny else F.linear)
         for i, part in enumerate(parts):

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .scatter import scatter
-from .tuples import extended
+from .tuples import extended, stacked
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -53,7 +53,7 @@ def with_score(top, total, score, mine, NATIVE: tl.constexpr):
 def store_norms(tops, totals, norms, GROUP: tl.constexpr, PER: tl.constexpr, NATIVE: tl.constexpr):
     """Each head's largest score, and the sum of exponentials over it, into ``norms`` [G, 2]."""
     # All heads cross the threads at once
-    top, total = _join(_stacked(tops, GROUP, PER), _stacked(totals, GROUP, PER), NATIVE)
+    top, total = _join(stacked(tops, GROUP), stacked(totals, GROUP), NATIVE)
     SHAPE: tl.constexpr = (PER, top.shape[0])
     g = tl.arange(0, SHAPE[1])[None]
     lane = tl.arange(0, PER)[:, None]
@@ -93,23 +93,3 @@ def _join(tops, totals, NATIVE: tl.constexpr):
     top = tl.max(tops, 0, keep_dims=True)
     total = tl.sum(totals * exp(tops - top, NATIVE), 0)
     return tl.max(top, 0), total
-
-
-@triton.constexpr_function
-def _halvings(n: int) -> int:
-    """How often the next power of two can be halved."""
-    return (n - 1).bit_length()
-
-
-@triton.jit
-def _stacked(columns, N: tl.constexpr, P: tl.constexpr):
-    """N tensors [P] as one, [P, N]; the last of them again up to a power of two."""
-    LEVELS: tl.constexpr = _halvings(N)
-    for _ in tl.static_range(2**LEVELS - N):
-        columns = extended(columns, columns[N - 1])
-    for level in tl.static_range(LEVELS):
-        joined = ()
-        for i in tl.static_range(2 ** (LEVELS - 1 - level)):
-            joined = extended(joined, tl.join(columns[i], columns[i + 2 ** (LEVELS - 1 - level)]))
-        columns = joined
-    return tl.reshape(columns[0], (P, 2**LEVELS))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .follow import follow, prefetch
 from .tiles import NATIVE, padded
-from .tuples import extended
+from .tuples import extended, stacked
 
 # Neighbours in memory that a thread loads at once: 16 bytes of bfloat16
 PIECE: tl.constexpr = tl.constexpr(8)
@@ -67,19 +67,6 @@ def _add_products(total, weights, inputs):
 
 
 @triton.jit
-def _side_by_side(x, N: tl.constexpr):
-    """N tensors [...] as one, [..., 1, 2 or 4]; of three the last one again."""
-    if N == 1:
-        joined = tl.expand_dims(x[0], 2)
-    elif N == 2:
-        joined = tl.join(x[0], x[1])
-    else:
-        pairs = tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[N - 1]))
-        joined = tl.reshape(pairs, x[0].shape + [4])  # noqa: RUF005 - Triton cannot unpack
-    return joined
-
-
-@triton.jit
 def skinny_product(
     x, weight, bias, out, x_stride, weight_stride, N, K,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr, BIAS: tl.constexpr,
@@ -104,7 +91,7 @@ def skinny_product(
             more = extended(more, _add_products(sums[m], weights, inputs))
         sums = more
     # All rows of inputs cross the threads at once
-    result = tl.sum(_side_by_side(sums, ROWS), 1)
+    result = tl.sum(stacked(sums, ROWS), 1)
     if BIAS:
         result += tl.load(bias + n, n < N, other=0.0).to(tl.float32)[:, None]
     m = tl.arange(0, result.shape[1])[None]

@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import flex_tls as tls
-from flex_tls.device import is_interpreted
+from flex_tls.device import INSTALLED, is_interpreted
 from flex_tls.skinny import skinny_linear, skinny_product
 from tests.cases import assert_as_exact
 from tests.integrations.models import make, prompts
 
-pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = is_interpreted()
+INTERPRETED = INSTALLED and is_interpreted()
 needs_kernel = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="its kernel needs a GPU, or TRITON_INTERPRET=1"
+    not INSTALLED or (DEVICE == "cpu" and not INTERPRETED), reason="its kernel needs a GPU, or TRITON_INTERPRET=1"
 )
 
 
@@ -190,7 +189,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
     assert "forward" in vars(first.k_proj)
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="here it can run")
+@pytest.mark.skipif(not INSTALLED or DEVICE == "cuda" or INTERPRETED, reason="here it can run, or is not installed")
 def test_skinny_products_that_cannot_run_here_are_refused_and_nothing_is_changed() -> None:
     model = make("llama")
     with pytest.raises(ValueError, match=r"skinny: \S+_proj: its kernels need a CUDA device"):
