@@ -331,7 +331,8 @@ def _parser() -> argparse.ArgumentParser:
     operator.add_argument("--cases", help="names or patterns, comma-separated, such as 'qwen3-8b-b1-*'")
     operator.add_argument(
         "--suite", choices=[name for name in cases.SUITES if name != "quick"], default="default",
-        help="96k tokens, every provider (default); lengths and batch sizes (sweep); budgets, or block sizes, at 96k",
+        help="96k tokens, every provider (default); lengths and batch sizes (sweep); at 96k, budgets, block sizes, or "
+        "other kinds of index and a mask",
     )  # fmt: skip
     operator.add_argument("--providers", help="names or patterns, comma-separated (default those of the suite)")
     operator.add_argument("--seconds", type=float, help="stop before a case that would likely end later than this")

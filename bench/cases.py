@@ -152,8 +152,15 @@ LEAN = (
     "quest_block_budget",
     "quest_token_budget",
     "double_sparsity",
-    "triton_*",
+    "triton_total",
+    "triton_filter16",
+    "triton_mixed*",
+    "triton_wide",
+    "triton_blocks_only",
+    "triton_given_*",
 )
+# What else the fused kernel takes, beside FlexAttention
+KINDS = tuple(f"{backend}_{what}" for what in ("total", "box", "mean", "masked") for backend in ("triton", "flex"))
 
 
 @dataclass(frozen=True)
@@ -170,5 +177,6 @@ SUITES = {
     "sweep": Suite(tuple(case.name for case in _SWEEP), LEAN),
     "budgets": Suite((*_BASES, *(case.name for case in _BUDGETS)), LEAN),
     "blocks": Suite((*_BASES, *(case.name for case in _BLOCKS)), LEAN),
+    "kinds": Suite(_BASES, KINDS),
     "quick": Suite(tuple(case.name for case in _QUICK)),
 }

@@ -62,8 +62,9 @@ def build_index(k: Tensor, cfg: tls.TLSConfig) -> tls.KVIndex:
     some = max(1, CHUNK_BYTES // k[0].nbytes)
     for first in range(0, b, some):
         part = tls.KVIndex.build(k[first : first + some], cfg)
-        for name, buffer in part.labels.tensors.items():
-            index.labels.tensors[name][first : first + some] = buffer
+        for ours, theirs in ((index.labels, part.labels), (index.summary, part.summary)):
+            for name, buffer in theirs.tensors.items() if theirs is not None else ():
+                ours.tensors[name][first : first + some] = buffer
     index.seq_lens.fill_(s)
     index.max_len = s
     return index

@@ -13,27 +13,29 @@ import flex_tls as tls
 from flex_tls.attention import Backend, attend
 from flex_tls.fused import labels_of, launch, options_of
 from flex_tls.fused_pool import choose_blocks
+from flex_tls.mods import MaskMod
 
 from ..cases import Case
 from ..inputs import InputSet, build_index
 from .attend import attention_over
-from .registry import Call, Job, Make, provider
+from .registry import Call, Job, Make, Needs, provider
 
 if TYPE_CHECKING:
     from flex_tls.kernels.two_level import Work
 
 
-def _total(backend: Backend, **options: Any) -> Make:
+def _total(backend: Backend, mask_mod: MaskMod | None = None, **options: Any) -> Make:
     def make(case: Case, sets: list[InputSet], split_kv: int | None) -> Job:
         cfg = case.config(**options)
+        call: dict[str, Any] = {"mask_mod": mask_mod, "backend": backend}
         calls: list[Call] = []
         masks: list[Tensor | None] = []
         for i in sets:
-            index = build_index(i.k, cfg) if "label_bits" in options else i.index
-            tokens = attend(i.q, i.k, i.v, index, cfg, backend=backend).tokens
+            index = build_index(i.k, cfg) if options.keys() & {"index", "label_bits"} else i.index
+            tokens = attend(i.q, i.k, i.v, index, cfg, **call).tokens
             assert tokens is not None
             masks.append(tokens.mask[:, :, 0])
-            calls.append(partial(tls.two_level_attention, i.q, i.k, i.v, index, cfg, backend=backend))
+            calls.append(partial(tls.two_level_attention, i.q, i.k, i.v, index, cfg, **call))
         n_channels = cfg.label_channels
         share = len(cfg.label_words(cfg.filter_dims or n_channels)) / len(cfg.label_words(n_channels))
         index_bytes = share * index.bytes_per_token * case.rows * case.S
@@ -42,15 +44,28 @@ def _total(backend: Backend, **options: Any) -> Make:
     return make
 
 
+def two_windows(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """A mask as users write them: a prefix of 4,096 tokens, and the newest half of the context."""
+    return (kv_idx < 4096) | (2 * kv_idx > q_idx)
+
+
 provider("flex_total", "total")(_total("flex"))
 provider("triton_total", "total", needs="triton")(_total("triton"))
 # Half of each label at level 1: half of its bytes
 provider("triton_filter16", "total", needs="triton")(_total("triton", filter_dims=16))
+# 48 channels in the bytes of 32
+provider("triton_wide", "total", needs="triton")(_total("triton", label_bits=(4, 4, 2, 2)))
 # 24 channels in half of the bytes; and 56 in all of them, of which level 1 reads those 24
 provider("triton_mixed", "total", needs="triton")(_total("triton", label_bits=(4, 2)))
 provider("triton_mixed_filter24", "total", needs="triton")(_total("triton", label_bits=(4, 2, 2, 2), filter_dims=24))
 # Level 1 alone: every token of the kept blocks
 provider("triton_blocks_only", "total", needs="triton")(_total("triton", token_budget=None))
+# What level 1 may score by instead of labels, which level 2 then reads alone or for its softmax; and a mask
+_sides: tuple[tuple[Backend, Needs], ...] = (("flex", "torch"), ("triton", "triton"))
+for _backend, _needs in _sides:
+    for _kind in ("box", "mean"):
+        provider(f"{_backend}_{_kind}", "total", needs=_needs)(_total(_backend, index=_kind))
+    provider(f"{_backend}_masked", "total", needs=_needs)(_total(_backend, two_windows))
 
 
 @provider("triton_given_blocks", "level 2 and attention", needs="triton")
