@@ -30,7 +30,12 @@ LEAST_DOCUMENTS = 8
 # One over the shares of the context that blocks and tokens are
 WIDE, NARROW = (4, 8), (8, 16)
 # Changes that cost no bytes: shown where they hold what the defaults miss, or hold it too
-VARIANTS = (f"{BASE}:label_bits=4+4+2+2", f"{BASE}:group_reduce=softmax_max", f"{BASE}:block_size=32")
+VARIANTS = (
+    f"{BASE}:label_bits=4+4+2+2",
+    f"{BASE}:label_bits=4+4+2+2:block_reduce=logsumexp",
+    f"{BASE}:group_reduce=softmax_max",
+    f"{BASE}:block_size=32",
+)
 ORACLES = ("oracle", "oracle:block_size=32")
 # Of as many bytes as ours: boxes of blocks of 16 alone would take all of them, with heads of 64
 RIVAL = "quest_double_sparsity:block_size=32"
