@@ -383,7 +383,7 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--context", type=options.numbers, default=[16384, 32768, 65536, 98304, 131072, 262144])
     synthetic.add_argument("--block-budget", type=int, default=8192)
     synthetic.add_argument("--token-budget", type=int, default=1024)
-    synthetic.add_argument("--block-size", type=int, default=32)
+    synthetic.add_argument("--block-size", type=int, default=cases.BLOCK_SIZE)
     synthetic.add_argument("--kv-heads", type=int, default=2)
     synthetic.add_argument("--seeds", type=int, default=3)
     synthetic.add_argument("--out", type=Path, default=ROWS.with_name("synthetic.jsonl"))

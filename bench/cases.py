@@ -14,6 +14,7 @@ from flex_tls._check import dtype_name
 # What the leanest provider reads of all input sets together: five times the L2 cache of an H100
 ROTATED_BYTES = 250e6
 MAX_SETS = 32
+BLOCK_SIZE = tls.TLSConfig().block_size
 LENGTHS_K = (8, 16, 32, 48, 64, 96, 128, 256)
 BATCH_SIZES = (1, 16, 4, 8, 2, 32)
 
@@ -28,7 +29,7 @@ class Case:
     HKV: int
     D: int
     S: int
-    block_size: int = 32
+    block_size: int = BLOCK_SIZE
     block_budget: int = 8192
     token_budget: int = 1024
     dtype: torch.dtype = torch.bfloat16
@@ -130,7 +131,7 @@ _BUDGETS = [
         (16384, 4096),
     )
 ]
-_BLOCKS = [_blocks_of(b, size) for b in (1, 16) for size in (16, 64)]
+_BLOCKS = [_blocks_of(b, size) for b in (1, 16) for size in (32, 64)]
 _QUICK = [_tiny(1), _tiny(2)]
 # One row, one block more than the budget: tuning calls every setting often, and interpreted calls take a second
 _TINIEST = Case(name="tiniest", B=1, HQ=2, HKV=1, D=16, S=256, block_budget=192, token_budget=160)
@@ -160,7 +161,10 @@ LEAN = (
     "triton_given_*",
 )
 # What else the fused kernel takes, beside FlexAttention
-KINDS = tuple(f"{backend}_{what}" for what in ("total", "box", "mean", "masked") for backend in ("triton", "flex"))
+KINDS = (
+    *(f"{backend}_{what}" for what in ("total", "box", "mean", "masked") for backend in ("triton", "flex")),
+    "triton_softmax_max",
+)
 
 
 @dataclass(frozen=True)

@@ -257,8 +257,9 @@ def model_row(
     return ModelRow(
         bench=bench, case=case, B=cache.batch_size, n_layers=model.config.num_hidden_layers, context=context,
         max_len=cache.max_len, provider=name, block_budget=cfg.block_budget, token_budget=cfg.token_budget,
-        dense_layers=cfg.dense_layers, dtype=dtype_name(model.dtype), ms_median=s.median_us / 1e3,
-        ms_p10=s.p10_us / 1e3, ms_p90=s.p90_us / 1e3, ms_p99=sorted(us)[int(0.99 * (len(us) - 1) + 0.5)] / 1e3,
+        block_size=cfg.block_size, dense_layers=cfg.dense_layers, dtype=dtype_name(model.dtype),
+        ms_median=s.median_us / 1e3, ms_p10=s.p10_us / 1e3, ms_p90=s.p90_us / 1e3,
+        ms_p99=sorted(us)[int(0.99 * (len(us) - 1) + 0.5)] / 1e3,
         runs=s.runs, tokens_per_second=tokens * cache.batch_size * 1e6 / s.median_us, weights_floor_ms=floor_ms,
         build_seconds=build_s, peak_bytes=peak, **figures, **machine._asdict(),
     )  # fmt: skip

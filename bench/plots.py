@@ -81,7 +81,7 @@ def draw_all(rows: Sequence[Row], path: Path) -> list[Path]:
     pictures: list[tuple[str, Callable[[], Figure]]] = []
     models = dict.fromkeys(_model(row) for row in rows)
     for model in models:
-        mine = [row for row in rows if _model(row) == model and not _other_blocks(row)]
+        mine = _of_one_block_size([row for row in rows if _model(row) == model])
         usual = [row for row in mine if not _other_budgets(row)]
         swept = [b for b in PANEL_BATCH_SIZES if len({row.S for row in usual if b == row.B}) > 2]
         if swept:
@@ -244,17 +244,21 @@ def _model(row: Row) -> str:
 
 
 def _other_budgets(row: Row) -> bool:
-    """Whether the case is of the sweep of budgets: its name ends in them."""
-    return row.case.endswith(f"-{row.block_budget}-{row.token_budget}")
+    """Whether the case is of the sweep of budgets: its name has them."""
+    return row.case.removesuffix(f"-block{row.block_size}").endswith(f"-{row.block_budget}-{row.token_budget}")
 
 
-def _other_blocks(row: Row) -> bool:
-    """Whether the case is of the suite of block sizes, which no curve is over: its name ends in them."""
-    return row.case.endswith(f"-block{row.block_size}")
+def _of_one_block_size(rows: Sequence[Row]) -> list[Row]:
+    """Those in blocks of the size that most lengths were measured with, since no curve is over block sizes."""
+    lengths: dict[int, set[int]] = {}
+    for row in rows:
+        lengths.setdefault(row.block_size, set()).add(row.S)
+    most = max(lengths, key=lambda size: (len(lengths[size]), -size))
+    return [row for row in rows if row.block_size == most]
 
 
 def _shape(row: Row) -> str:
-    return f"HQ {row.HQ}, HKV {row.HKV}, D {row.D}, {row.dtype}"
+    return f"HQ {row.HQ}, HKV {row.HKV}, D {row.D}, blocks of {row.block_size}, {row.dtype}"
 
 
 def _colour(row: Row) -> str:

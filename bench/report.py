@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flex_tls.cli.plot import plot_accuracy
 from flex_tls.cli.plots import (
     ablations,
-    family,
     pareto,
     plot_ablation,
     plot_attention,
@@ -113,7 +112,7 @@ def _accuracy(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
     rows = [
         row
         for row in found
-        if isinstance(row, PplRow) and (row.config is None or row.method in COMPARISON or _compared(row.method))
+        if isinstance(row, PplRow) and (row.config is None or _published(row.method) or _compared(row.method))
     ]
     everything = summarise_ppl(rows)
     spans = _compared_spans(everything)
@@ -122,7 +121,7 @@ def _accuracy(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
         yield f"No rows yet: `{COMPARE} --out bench/results/accuracy.jsonl`.\n"
         return
     path = pictures / "accuracy.svg"
-    plot_accuracy([line for line in lines if line.method in COMPARISON], path)
+    plot_accuracy([line for line in lines if _published(line.method)], path)
     yield f"![KL over tokens kept]({markdown.link(path, base)})\n"
     for span in sorted({line.span for line in lines}):
         here = [line for line in lines if line.span == span]
@@ -167,8 +166,17 @@ def _kinds(rows: Sequence[Row], lines: Sequence[PplSummary]) -> Iterator[str]:
 
 def _compared_spans(lines: Sequence[PplSummary]) -> set[tuple[int, int]]:
     """Where the published methods were measured: an ablation or a frontier alone has a section of its own."""
-    counts = Counter(line.span for line in lines if line.method in COMPARISON)
-    return {span for span, count in counts.items() if count > 4}
+    kinds: dict[tuple[int, int], set[str]] = {}
+    for line in lines:
+        if _published(line.method):
+            kinds.setdefault(line.span, set()).add(line.method.split(":")[0])
+    return {span for span, found in kinds.items() if len(found) > 4}
+
+
+def _published(method: str) -> bool:
+    """Whether it is of the comparison, in blocks of any size."""
+    kind, *changes = method.split(":")
+    return kind in COMPARISON and all(change.startswith("block_size=") for change in changes)
 
 
 def _compared(method: str) -> bool:
@@ -178,7 +186,7 @@ def _compared(method: str) -> bool:
     if any(change.startswith("label_bits=") and "+" not in change for change in changes):
         return False
     return kind in (BASE, "oracle") and {change.split("=")[0] for change in changes} <= {
-        "block_size", "block_reduce", "block_budget", "label_dims", "label_bits",
+        "block_size", "block_reduce", "block_budget", "group_reduce", "label_dims", "label_bits",
     }  # fmt: skip
 
 
@@ -202,17 +210,17 @@ def _ablation(found: Sequence[Row], pictures: Path, base: Path, results: Path) -
         yield f"No rows yet: `{command} --out bench/results/accuracy-ablation.jsonl`.\n"
         return
     yield (
-        "One change at a time to `ours`; a ratio above 1 is worse. Time: the operator's at 96k tokens and B=1, "
+        "One change at a time; a ratio above 1 is worse. Time: the operator's at 96k tokens and B=1, "
         "Qwen3-8B's shape, budgets of 8,192 and 1,024 tokens, over the defaults' in the same run (GPU, commit). The "
         "last but two: the same multiple on the held-out documents alone.\n"
     )
-    times = ablated_times(results)
     for number, (line, changes) in enumerate(studies):
+        times = ablated_times(results, line)
         path = pictures / f"ablation{number or ''}.svg"
         plot_ablation(line, changes, path)
         yield f"![KL of each change, as a multiple]({markdown.link(path, base)})\n"
         measured = [row for x in (line, *(x for _, _, x, _ in changes)) for row in rows_of(found, x)]
-        yield f"{text_commands('ablate', measured)}\n"
+        yield f"Changes of `{line.method}`. {text_commands('ablate', measured)}\n"
         table = [("component", "change", "KL", "times", "times, confirming", "index, % of KV", "read, % of KV",
                   "KL measured on", "time, times")]  # fmt: skip
         table.append(("", "none", markdown.interval(line.kl, 4), "1", "1", *_bytes(line), _devices(found, line), "1"))
@@ -237,7 +245,8 @@ def _frontier(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
     command = _of_many_methods("frontier")
     # What the frontier varies, at the budgets and over the documents that most of it was measured at
     names = {BASE, *FRONTIER, *(f"{BASE}:label_dims={n}" for n in (8, 16, 24, 32, 48, 64))}
-    lines = [x for x in summarise_ppl(found) if x.config is not None and (x.method in names or family(x) == BASE)]
+    names = {re.sub(":block_size=[0-9]+", "", name) for name in names}
+    lines = [x for x in summarise_ppl(found) if x.config is not None and _without_blocks(x) in names]
     groups: dict[tuple[object, ...], list[PplSummary]] = {}
     for line in lines:
         assert line.config is not None
@@ -268,6 +277,10 @@ def _frontier(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
             )
         yield f"What no other beats in bytes {what} and KL:\n"
         yield markdown.table(table)
+
+
+def _without_blocks(line: PplSummary) -> str:
+    return re.sub(":block_size=[0-9]+", "", line.method)
 
 
 def _attention(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]:

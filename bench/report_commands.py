@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
+from flex_tls.config import TLSConfig
 from flex_tls.evaluate.rows import AnswerRow, AttentionRow, PplRow
 from flex_tls.evaluate.sets import BASE, SETS
 from flex_tls.evaluate.tasks import TASKS
@@ -38,6 +39,8 @@ def text_commands(name: str, rows: Sequence[PplRow] | Sequence[AttentionRow]) ->
             found.append(f"`flex-tls eval {name} {options}`")
             if others:
                 found[-1] += f", as `eval ppl` with `--methods {others}`"
+        elif others:
+            found.append(f"`flex-tls eval ppl {options} --methods {others}`")
     return "; ".join(found)
 
 
@@ -64,7 +67,7 @@ def retrieval_commands(rows: Sequence[AnswerRow]) -> str:
 
 
 def _budgets(rows: Sequence[Any]) -> str:
-    """Budgets that methods were made from: those of ours as it is, else of the method that came first."""
+    """Budgets, and other blocks than the default's, that methods were made from: ours, else the one that came first."""
     sparse = [row for row in rows if row.config is not None]
     names = [row.method for row in sparse]
     name = BASE if BASE in names else names[0] if names else ""
@@ -72,7 +75,9 @@ def _budgets(rows: Sequence[Any]) -> str:
         (row.config["block_budget"], row.config["token_budget"] or "all") for row in sparse if row.method == name
     )
     blocks, tokens = (",".join(str(pair[i]) for pair in pairs) for i in (0, 1))
-    return f" --block-budget {blocks} --token-budget {tokens}" if pairs else ""
+    sizes = {row.config["block_size"] for row in sparse if row.method == name and "block_size=" not in name}
+    size = "".join(f" --block-size {n}" for n in sizes - {TLSConfig().block_size})
+    return f" --block-budget {blocks} --token-budget {tokens}{size}" if pairs else ""
 
 
 def _groups(rows: Iterable[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -21,10 +22,9 @@ from .rows import Row, read
 # Settings that the operator bench has, at 96k tokens and B=1: the ending of a case's name, and a provider
 CASE = "qwen3-8b-b1-96k"
 CHANGES = {
-    "block_size=16": ("-block16", "triton_total"),
-    "block_size=64": ("-block64", "triton_total"),
+    **{f"block_size={size}": ("", "triton_total") for size in (16, 32, 64, 128)},
     "filter_dims=16": ("", "triton_filter16"),
-    "block_size=16:label_bits=4+4+2+2": ("-block16", "triton_wide"),
+    "group_reduce=softmax_max": ("", "triton_softmax_max"),
     "index=box": ("", "triton_box"),
     "index=mean": ("", "triton_mean"),
     "label_bits=4+4+2+2": ("", "triton_wide"),
@@ -47,26 +47,31 @@ METHODS = {
 _KEPT = {"quest": "token_budget", "quest_wide": "block_budget", "double_sparsity": "token_budget"}
 
 
-def timed(results: Path) -> dict[str, tuple[Row, Row]]:
-    """The newest row of each of :data:`METHODS`, and that of ours in the same run (GPU and commit), by method."""
-    runs: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
+def timed(results: Path, block_size: int) -> dict[str, tuple[Row, Row]]:
+    """The newest row of each of :data:`METHODS` in blocks of ``block_size``, and that of ours in the same run (GPU and
+    commit), by method."""
+    runs: dict[tuple[str, str], dict[tuple[str, int, str], Row]] = {}
     for row in sorted(read(results / "operator.jsonl"), key=lambda row: row.date):
         if row.inputs == "rotated" and row.case.startswith(CASE):
-            runs.setdefault((row.gpu, row.commit), {})[row.case.removeprefix(CASE), row.provider] = row
+            ending = row.case.removeprefix(CASE).removesuffix(f"-block{row.block_size}")
+            runs.setdefault((row.gpu, row.commit), {})[ending, row.block_size, row.provider] = row
     found = {}
     for run in runs.values():
-        base = run.get(("", "triton_total"))
-        for method, key in METHODS.items():
+        base = run.get(("", block_size, "triton_total"))
+        for method, (ending, provider) in METHODS.items():
+            _, _, size = method.partition(f"{BASE}:block_size=")
+            key = ending, int(size or block_size), provider
             if base is not None and key in run:
                 found[method] = (run[key], base)
     return found
 
 
-def ablated_times(results: Path) -> dict[str, str]:
-    """How much longer the operator takes with a change than with the defaults in the same run, by the change."""
+def ablated_times(results: Path, line: PplSummary) -> dict[str, str]:
+    """How much longer the operator takes with a change of ``line`` than without it in the same run, by the change."""
+    assert line.config is not None
     return {
         method.partition(":")[2]: f"{row.median_us / base.median_us:.2f} ({markdown.gpu(row.gpu)}, {row.commit[:7]})"
-        for method, (row, base) in timed(results).items()
+        for method, (row, base) in timed(results, line.config["block_size"]).items()
         if ":" in method
     }
 
@@ -75,58 +80,83 @@ def cost_section(found: Sequence[EvalRow], results: Path, pictures: Path, base: 
     """Microseconds against KL, both over those of ours."""
     yield "## Microseconds against KL\n"
     command = "python -m bench run operator --suite budgets"
-    times = timed(results)
-    points = [(method, span, ratio, *times[method]) for method, (span, ratio) in _ratios(found, times).items()]
+    points = list(_points(found, results))
     if not points:
         yield f"No rows yet: `{command}` and those of the ablation.\n"
         return
+    ours = points[0].base
     path = pictures / "cost.svg"
-    save(_scatter([(method, ratio, row.median_us / ours.median_us) for method, _, ratio, row, ours in points]), path)
+    save(_scatter(ours.method, points), path)
     yield f"![KL over time, both over ours]({markdown.link(path, base)})\n"
     yield (
-        "Both over those of `ours`, which is at 1, 1. KL: SmolLM2, 1/4 and 1/8 of the context, where most tokens were "
-        f"scored. Time: the operator's at 96k tokens, B=1, heads of 128, budgets of 8,192 and 1,024, in the newest run "
-        f"that has both; runs are of several commits. `{command}`, `--suite blocks`, and the ablation's command\n"
+        f"Both over those of `{ours.method}`, which is at 1, 1. KL: SmolLM2, 1/4 and 1/8 of the context, where most "
+        "tokens were scored. Time: the operator's at 96k tokens, B=1, heads of 128, budgets of 8,192 and 1,024, in the "
+        f"newest run that has both; runs are of several commits. `{command}`, `--suite blocks`, and the ablation's "
+        "command\n"
     )
-    table = [("configuration", "KL, times", "scored a document", "us", "`ours`, us", "time, times", "GPU", "commit")]
-    for method, span, ratio, row, ours in sorted(points, key=lambda x: x[2].mean):
-        table.append((
-            f"`{method}`", markdown.interval(ratio, 2), f"{span[1]:,}", f"{row.median_us:.1f}",
-            f"{ours.median_us:.1f}", f"{row.median_us / ours.median_us:.2f}", markdown.gpu(row.gpu), row.commit[:7],
-        ))  # fmt: skip
+    table = [("change, or method", "KL, times", "scored a document", "us", f"`{ours.method}`, us", "time, times", "GPU",
+              "commit")]  # fmt: skip
+    table += [
+        (f"`{x.name}`", markdown.interval(x.ratio, 2), f"{x.base.span[1]:,}", f"{x.row.median_us:.1f}",
+         f"{x.beside.median_us:.1f}", f"{x.time:.2f}", markdown.gpu(x.row.gpu), x.row.commit[:7])
+        for x in sorted(points, key=lambda x: x.ratio.mean)
+    ]  # fmt: skip
     yield markdown.table(table)
 
 
-def _ratios(found: Sequence[EvalRow], methods: Collection[str]) -> dict[str, tuple[tuple[int, int], Interval]]:
-    """KL of each method over that of ours at 1/4 and 1/8, over the span in which most tokens were scored."""
+class _Point(NamedTuple):
+    """A change of ``base`` or a published method: its KL over that of base, its row and that of base beside it."""
+
+    base: PplSummary
+    name: str
+    ratio: Interval
+    row: Row
+    beside: Row
+
+    @property
+    def time(self) -> float:
+        return self.row.median_us / self.beside.median_us
+
+
+def _points(found: Sequence[EvalRow], results: Path) -> Iterator[_Point]:
+    """Each once, of the span in which most tokens were scored; all in blocks of one size but where that changes."""
     lines = [x for x in summarise_ppl(found) if x.config is not None]
-    ratios: dict[str, tuple[tuple[int, int], Interval]] = {}
     studies = [x for x in ablations(found) if pair_of(x[0]) == WIDE and x[0].n_documents >= LEAST_DOCUMENTS]
-    for base, changes in sorted(studies, key=lambda x: -x[0].score_tokens):
+    studies.sort(key=lambda x: -x[0].score_tokens)
+    seen = set()
+    for base, changes in studies:
+        if base.method != studies[0][0].method:
+            continue
+        assert base.config is not None
+        times = timed(results, base.config["block_size"])
         some = [(f"{BASE}:{change}", ratio) for _, change, _, ratio in changes]
-        some += [(x.method, kl_ratio(found, x, base)) for x in lines if x.span == base.span and _published(x, base)]
+        some += [
+            (name, kl_ratio(found, x, base))
+            for x in lines
+            if x.span == base.span and (name := _published(x, base)) is not None
+        ]
         for method, ratio in some:
-            if method in methods:
-                ratios.setdefault(method, (base.span, ratio))
-    return ratios
+            if method in times and method not in seen:
+                seen.add(method)
+                yield _Point(base, method.removeprefix(f"{BASE}:"), ratio, *times[method])
 
 
-def _published(line: PplSummary, base: PplSummary) -> bool:
-    """Whether a line is a published method's in as many tokens as ours keeps, or keeps in blocks."""
+def _published(line: PplSummary, base: PplSummary) -> str | None:
+    """The published method that a line is, in blocks and as many tokens as ours keeps, or keeps in blocks."""
     assert base.config is not None
-    kept = {name: base.config[_KEPT[name]] for name in _KEPT}
-    return line.model == base.model and kept.get(line.method) == line.kept_tokens
+    assert line.config is not None
+    name = line.method.removesuffix(f":block_size={base.config['block_size']}")
+    same = line.model == base.model and line.config["block_size"] == base.config["block_size"]
+    return name if same and name in _KEPT and base.config[_KEPT[name]] == line.kept_tokens else None
 
 
-def _scatter(points: Sequence[tuple[str, Interval, float]]) -> Figure:
+def _scatter(base: str, points: Sequence[_Point]) -> Figure:
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.subplots()
-    for method, ratio, time in [*points, (BASE, Interval(1.0, 1.0, 1.0), 1.0)]:
+    for name, ratio, time in [*((x.name, x.ratio, x.time) for x in points), (base, Interval(1.0, 1.0, 1.0), 1.0)]:
         axes.plot([time, time], [ratio.low, ratio.high], color="#8d99ae", lw=1)
-        axes.plot(time, ratio.mean, "o", ms=4, color="#9b1d3a" if method.startswith(BASE) else "#2e7d4f")
-        axes.annotate(
-            method.removeprefix(f"{BASE}:"), (time, ratio.mean), (5, 3), textcoords="offset points", fontsize=7
-        )
+        axes.plot(time, ratio.mean, "o", ms=4, color="#2e7d4f" if name in _KEPT else "#9b1d3a")
+        axes.annotate(name, (time, ratio.mean), (5, 3), textcoords="offset points", fontsize=7)
     axes.set(
         yscale="log", xlabel="time of one token's attention, times ours", ylabel="KL, times ours; bars 95% intervals"
     )

@@ -90,6 +90,12 @@ def synthetic_section(results: Path) -> Iterator[str]:
     if not found:
         yield f"No rows yet: `{command}`.\n"
         return
+    for size in sorted({row["config"]["block_size"] for row in found}):
+        yield from _planted([row for row in found if row["config"]["block_size"] == size], command)
+
+
+def _planted(found: list[dict[str, Any]], command: str) -> Iterator[str]:
+    """Rows in blocks of one size."""
     first = found[0]
     cfg = first["config"]
     options = (
@@ -102,7 +108,8 @@ def synthetic_section(results: Path) -> Iterator[str]:
         f"Keys and queries are made (`bench/synthetic.py`), head dimension {first['D']}, blocks of "
         f"{cfg['block_size']}: power-law attention along 48 directions, drifting topics, and a needle a query that "
         f"takes half of its attention. Means over seeds, {first['HKV']} KV heads and {first['queries']} queries. "
-        f"`{command} {options}`, on {first['gpu']}, commit {first['commit'][:12]}.\n"
+        f"`{command} {options}`, on {first['gpu']}, commit "
+        f"{', '.join(sorted({row['commit'][:7] for row in found}))}.\n"
     )
     groups: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
     for row in found:

@@ -30,9 +30,15 @@ LEAST_DOCUMENTS = 8
 # One over the shares of the context that blocks and tokens are
 WIDE, NARROW = (4, 8), (8, 16)
 # Changes that cost no bytes: shown where they hold what the defaults miss, or hold it too
-VARIANTS = (f"{BASE}:block_size=16", f"{BASE}:label_bits=4+4+2+2")
-ORACLES = ("oracle", "oracle:block_size=16")
-RIVAL = "quest_double_sparsity"
+VARIANTS = (
+    f"{BASE}:label_bits=4+4+2+2",
+    f"{BASE}:label_bits=4+4+2+2:block_reduce=logsumexp",
+    f"{BASE}:group_reduce=softmax_max",
+    f"{BASE}:block_size=32",
+)
+ORACLES = ("oracle", "oracle:block_size=32")
+# Of as many bytes as ours: boxes of blocks of 16 alone would take all of them, with heads of 64
+RIVAL = "quest_double_sparsity:block_size=32"
 
 Pair = tuple[int, int]
 
@@ -171,15 +177,16 @@ def _small_index(found: Sequence[Row], lines: Sequence[PplSummary]) -> Iterator[
         for pair in (WIDE, NARROW):
             at = {x.method: x for x in lines if x.span == span and pair_of(x) == pair}
             small = [x for x in at.values() if 0 < x.index_share <= 0.032 and x.method.startswith(BASE)]
-            if "oracle" not in at or not small:
+            oracle = next((name for name in ORACLES if name in at), None)
+            if oracle is None or not small:
                 continue
             best = min(small, key=lambda x: x.kl.mean)
             target = Target("", 2, "{:.2f}".format, lambda _: None)
-            x = kl_ratio(found, best, at["oracle"])
+            x = kl_ratio(found, best, at[oracle])
             yield (
                 f"1/{pair[0]}, 1/{pair[1]}: KL over the oracle's in at most 3.2 % of the KV bytes, {span[1]:,} tokens "
                 "scored a document", "at most 2.00", target.cell(x), target.verdict(x), "",
-                f"the best of {len(small)}: `{best.method}`",
+                f"the best of {len(small)}: `{best.method}`, over `{oracle}`",
             )  # fmt: skip
 
 
@@ -223,8 +230,8 @@ def budgets(config: dict[str, Any], context_tokens: int) -> Pair:
 
 
 def oracle_of(method: str) -> str:
-    """The oracle with the same settings but for those of labels."""
-    return re.sub(":label_(dims|bits)=[0-9+]+", "", "oracle" + method.removeprefix(BASE))
+    """The oracle with the same blocks, and the same way to score one."""
+    return re.sub(":(label_dims|label_bits|group_reduce)=[0-9a-z_+]+", "", "oracle" + method.removeprefix(BASE))
 
 
 def _keeps_an_eighth(line: LossSummary) -> bool:

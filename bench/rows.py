@@ -142,6 +142,8 @@ class ModelRow(Measured):
     build_seconds: float
     # Of the process, while this case's providers were built and timed together
     peak_bytes: int
+    # None in older rows: 32, and 64 up to 4b3bc33
+    block_size: int | None = None
     # Of an offloaded step, which selects by a trace as local as real text ("made", trace.py) and not by its random
     # weights: the trace's blocks that the last 1, 4 and 16 steps had too, the selected ones that were on the device,
     # bytes that one step fetched. None and empty of other steps, and in older rows

@@ -24,8 +24,8 @@ from flex_tls.evaluate.sets import make_methods
 from .rows import Machine
 
 METHODS = (
-    "ours", "ours:block_reduce=logsumexp", "ours:label_dims=64:block_reduce=logsumexp", "quest", "quest_labels",
-    "quest_double_sparsity", "oracle",
+    "ours", "ours:label_bits=4+4+2+2", "ours:block_reduce=logsumexp", "ours:label_dims=64:block_reduce=logsumexp",
+    "quest", "quest_labels", "quest_double_sparsity", "oracle",
 )  # fmt: skip
 # Tokens on either side of which a needle is not placed: sinks and recent window would keep it anyway
 MARGIN = 256
@@ -110,7 +110,7 @@ def make_context(
 
 @torch.no_grad()
 def measure(
-    context: Context, block_budget: int, token_budget: int, block_size: int = 32, specs: Sequence[str] = METHODS
+    context: Context, block_budget: int, token_budget: int, block_size: int, specs: Sequence[str] = METHODS
 ) -> Iterator[dict[str, Any]]:
     """A row for every method: shares of mass, heavy tokens and needles that its selection holds."""
     _, _, s, d = context.k.shape

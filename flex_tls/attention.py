@@ -109,8 +109,7 @@ def two_level_attention(
         mask_mod: ``(b, h, q_idx, kv_idx) -> bool`` in logical coordinates. Define mods once, not in every step.
         scale: of the scores, 1/sqrt(D) by default.
         backend: ``"reference"`` (eager oracle), ``"flex"`` (compiled FlexAttention, CUDA and CPU), ``"triton"`` (fused,
-            CUDA, no score_mod, up to 16 query tokens), ``"auto"``: triton where it can run with index "lowrank" and
-            without mods, flex elsewhere.
+            CUDA, no score_mod, up to 16 query tokens), ``"auto"``: triton where it can run, flex elsewhere.
         return_lse: also return the log-sum-exp of the kept scores, float32 [B, HQ, T], natural log.
         return_bound: also return an upper bound on the share of full attention's weight that was not kept, float32
             [B, HQ, T]; for index "quest" or "box", without a score_mod. See :func:`flex_tls.bound.missed_mass_bound`.
@@ -164,10 +163,7 @@ def attend(
     check_tensor("v", v, shape, "B, HKV, S, D", like=q)
     check_query(q, index, cfg)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    obstacle = why_not_fused(
-        q, k, v, cfg, backend=backend, has_score_mod=score_mod is not None, has_mask_mod=mask_mod is not None,
-        scale=scale,
-    )  # fmt: skip
+    obstacle = why_not_fused(q, k, v, has_score_mod=score_mod is not None, scale=scale)
     chosen = resolve_backend(backend, q.device, obstacle)
     if chosen == "triton":
         parts = attend_fused(q, k, v, index, cfg, scale, mask_mod=mask_mod)

@@ -21,8 +21,8 @@ class TLSConfig:
     """Settings of two-level attention. Every budget counts tokens per KV head and query token.
 
     Attributes:
-        block_size: tokens per block; 16, 32, 64 or 128. Half of it loses some 40 % less (KL), and costs each layer
-            a few microseconds more (docs/design.md).
+        block_size: tokens per block; 16, 32, 64 or 128. Twice as many lose some 1.6 times as much (KL), and spare each
+            layer a microsecond at batch size 1, eight at 16 (docs/design.md).
         block_budget: tokens kept by the block filter (level 1), sinks and recent window included.
         token_budget: tokens kept inside those blocks (level 2), sinks and recent window included;
             ``None`` keeps every token of the kept blocks.
@@ -57,7 +57,7 @@ class TLSConfig:
             ``TLSCache``, without offload.
     """
 
-    block_size: int = 32
+    block_size: int = 16
     block_budget: int = 8192
     token_budget: int | None = 1024
     sink_tokens: int = 64

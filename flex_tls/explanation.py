@@ -193,9 +193,7 @@ def _plan(layer: TLSLayer, cache: TLSCache, context: int, device: torch.device, 
     if why is None:
         why = f"{reach:,} tokens in sight, the budgets hold {cfg.held_tokens:,}"
         q = torch.empty(1, 1, 1, cache.shape.head_dim, dtype=cache.dtype, device=device)
-        obstacle = why_not_fused(
-            q, q, q, cfg, backend=cache.backend, has_score_mod=False, has_mask_mod=layer.window is not None, scale=1.0
-        )
+        obstacle = why_not_fused(q, q, q, has_score_mod=False, scale=1.0)
         if isinstance(layer, OffloadedLayer):
             obstacle = WHY_NOT_PAGED
         try:

@@ -21,11 +21,8 @@ if TYPE_CHECKING:
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def why_not_fused(
-    q: Tensor, k: Tensor, v: Tensor, cfg: TLSConfig, *, backend: str, has_score_mod: bool, has_mask_mod: bool,
-    scale: float,
-) -> str | None:  # fmt: skip
-    """What keeps a call with ``backend`` from the fused kernels; None if nothing does."""
+def why_not_fused(q: Tensor, k: Tensor, v: Tensor, *, has_score_mod: bool, scale: float) -> str | None:
+    """What keeps a call from the fused kernels; None if nothing does."""
     if has_score_mod:
         return "it takes no score_mod"
     if q.dtype not in DTYPES:
@@ -39,16 +36,7 @@ def why_not_fused(
     obstacle = why_not_here(q.device)
     if obstacle is None and q.dtype == torch.bfloat16 and is_interpreted():
         return "triton's interpreter multiplies bfloat16 as integers (3.7)"
-    return why_not_by_default(cfg, has_mask_mod) if obstacle is None and backend == "auto" else obstacle
-
-
-def why_not_by_default(cfg: TLSConfig, has_mask_mod: bool) -> str | None:
-    """What keeps ``"auto"`` from the fused kernels where they can run: they were not measured there."""
-    if has_mask_mod:
-        return "it was not measured with a mask_mod"
-    if cfg.index != "lowrank":
-        return f"it was not measured with index={cfg.index!r}"
-    return None
+    return obstacle
 
 
 def attend_fused(

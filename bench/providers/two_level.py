@@ -58,6 +58,8 @@ provider("triton_wide", "total", needs="triton")(_total("triton", label_bits=(4,
 # 24 channels in half of the bytes; and 56 in all of them, of which level 1 reads those 24
 provider("triton_mixed", "total", needs="triton")(_total("triton", label_bits=(4, 2)))
 provider("triton_mixed_filter24", "total", needs="triton")(_total("triton", label_bits=(4, 2, 2, 2), filter_dims=24))
+# The heads of a group agree by the largest softmax instead of the mean
+provider("triton_softmax_max", "total", needs="triton")(_total("triton", group_reduce="softmax_max"))
 # Level 1 alone: every token of the kept blocks
 provider("triton_blocks_only", "total", needs="triton")(_total("triton", token_budget=None))
 # What level 1 may score by instead of labels, which level 2 then reads alone or for its softmax; and a mask

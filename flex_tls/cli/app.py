@@ -23,7 +23,7 @@ from ..explanation import explain
 from ..offload import OffloadConfig
 from .compare import compare
 from .evaluate import eval_app
-from .options import BlockSize, config, load_model, load_shape, offload_config, pick_device
+from .options import BLOCK_SIZE, BlockSize, config, load_model, load_shape, offload_config, pick_device
 from .plan import make_plan, print_plan
 from .plot import plot_record
 from .report import hardware, print_comparison, reported
@@ -53,7 +53,7 @@ def demo(
     new_tokens: NewTokens = 64,
     block_budget: BlockBudget = "1/4",
     token_budget: TokenBudget = "1/8",
-    block_size: BlockSize = 32,
+    block_size: BlockSize = BLOCK_SIZE,
     json_file: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
@@ -76,7 +76,7 @@ def generate(
     new_tokens: NewTokens = 64,
     block_budget: BlockBudget = "8192",
     token_budget: TokenBudget = "1024",
-    block_size: BlockSize = 32,
+    block_size: BlockSize = BLOCK_SIZE,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
     compare_dense: Annotated[
@@ -119,7 +119,7 @@ def plan(
     host_mem: Annotated[float | None, typer.Option(help="GB of host memory; what is available by default.")] = None,
     block_budget: BlockBudget = "8192",
     token_budget: TokenBudget = "1024",
-    block_size: BlockSize = 32,
+    block_size: BlockSize = BLOCK_SIZE,
     offload: Annotated[str, typer.Option(help="Policy: async, exact or corrected.")] = "async",
     gpu_blocks: Annotated[int | None, typer.Option(min=1, help="Blocks on the device per KV head.")] = None,
     store_dtype: StoreDtypeName = "model",
@@ -148,7 +148,7 @@ def inspect(
     batch_size: Annotated[int, typer.Option(min=1, help="With --model: rows.")] = 1,
     block_budget: BlockBudget = "8192",
     token_budget: TokenBudget = "1024",
-    block_size: BlockSize = 32,
+    block_size: BlockSize = BLOCK_SIZE,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
     json_file: JsonFile = None,

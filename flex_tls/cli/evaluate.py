@@ -44,7 +44,7 @@ from .evaluate_common import (
     write_summary,
 )
 from .evaluate_retrieval import retrieval, tasks
-from .options import BlockSize
+from .options import BLOCK_SIZE, BlockSize
 from .plot import plot_accuracy
 from .plots import plot_depths
 from .report import print_ppl, print_retrieval, reported
@@ -68,7 +68,7 @@ def ppl(
     methods: Methods = DEFAULT_METHODS,
     block_budget: BlockBudgets = "1/4",
     token_budget: TokenBudgets = "1/8",
-    block_size: BlockSize = 32,
+    block_size: BlockSize = BLOCK_SIZE,
     batch: Annotated[int, typer.Option(min=1, help="Documents decoded side by side.")] = 1,
     step_tokens: Annotated[
         int, typer.Option(min=1, max=16, help="Tokens fed to one decode step; the same result, sooner.")

@@ -38,7 +38,7 @@ from .evaluate_common import (
     read_texts,
     write_summary,
 )
-from .options import BlockSize
+from .options import BLOCK_SIZE, BlockSize
 from .report import print_attention, reported
 
 
@@ -54,7 +54,7 @@ def attention(
     methods: Methods = "ours",
     block_budget: BlockBudgets = "1/4",
     token_budget: TokenBudgets = "1/8",
-    block_size: BlockSize = 32,
+    block_size: BlockSize = BLOCK_SIZE,
     batch: Annotated[int, typer.Option(min=1, help="Documents decoded side by side.")] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -37,7 +37,7 @@ from .evaluate_common import (
     progress_bar,
     write_summary,
 )
-from .options import BlockSize
+from .options import BLOCK_SIZE, BlockSize
 from .report import print_retrieval, reported
 
 
@@ -61,7 +61,7 @@ def retrieval(
     methods: Methods = "dense," + DEFAULT_METHODS,
     block_budget: BlockBudgets = "1/4",
     token_budget: TokenBudgets = "1/8",
-    block_size: BlockSize = 32,
+    block_size: BlockSize = BLOCK_SIZE,
     device: Device = "auto",
     dtype: Dtype = "auto",
     backend: BackendName = "auto",
@@ -114,7 +114,7 @@ def tasks(
     methods: Methods = "dense," + DEFAULT_METHODS,
     block_budget: BlockBudgets = "1/4",
     token_budget: TokenBudgets = "1/8",
-    block_size: BlockSize = 32,
+    block_size: BlockSize = BLOCK_SIZE,
     device: Device = "auto",
     dtype: Dtype = "auto",
     backend: BackendName = "auto",

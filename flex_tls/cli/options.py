@@ -12,6 +12,9 @@ from ..config import TLSConfig
 from ..offload import OffloadConfig
 from .weights import load_smollm2
 
+BLOCK_SIZE = TLSConfig().block_size
+# Sinks, and the recent window: half of TLSConfig's, since demos and evaluations have small budgets
+EDGE_TOKENS = 32
 BlockSize = Annotated[int, typer.Option(help="Tokens per block: 16, 32, 64 or 128.")]
 
 
@@ -39,8 +42,8 @@ def config(context: int, block_budget: str, token_budget: str, block_size: int) 
             block_size=block_size,
             block_budget=blocks,
             token_budget=tokens,
-            sink_tokens=block_size,
-            recent_tokens=block_size,
+            sink_tokens=EDGE_TOKENS,
+            recent_tokens=EDGE_TOKENS,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

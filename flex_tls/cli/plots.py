@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,19 +23,26 @@ Change = tuple[str, str, PplSummary, Interval]
 
 
 def ablations(rows: Sequence[Row]) -> list[tuple[PplSummary, list[Change]]]:
-    """Every line called "ours" that has lines with one component changed, with those."""
+    """Lines of "ours" that have lines with one component changed, with those.
+
+    Of lines that differ in their blocks alone, one: that of the most changes.
+    """
     lines = [line for line in summarise_ppl(rows) if line.config is not None]
-    found = []
-    for base in (line for line in lines if line.method == BASE):
+    found: dict[tuple[object, ...], tuple[PplSummary, list[Change]]] = {}
+    for base in lines:
+        if not re.fullmatch(rf"{BASE}(:block_size=\d+)?", base.method):
+            continue
         beside = {_method(x): x for x in lines if (x.model, x.span) == (base.model, base.span)}
         changes: list[Change] = [
-            (component, method.name.partition(":")[2], beside[method], kl_ratio(rows, beside[method], base))
+            (component, change, beside[method], kl_ratio(rows, beside[method], base))
             for component, methods in ablation_of(_method(base), list(beside)).items()
-            for method in methods
+            for change, method in methods.items()
         ]
-        if changes:
-            found.append((base, changes))
-    return found
+        assert base.config is not None
+        key = (base.model, base.span, base.config["block_budget"], base.config["token_budget"])
+        if len(changes) > len(found[key][1] if key in found else ()):
+            found[key] = base, changes
+    return list(found.values())
 
 
 def plot_ablation(base: PplSummary, changes: Sequence[Change], path: Path) -> None:

@@ -15,7 +15,6 @@ from ..cache import TLSCache
 from ..cache_layer import new_index
 from ..config import TLSConfig
 from ..device import why_not_here
-from ..fused import why_not_by_default
 from ..integrations.huggingface import enabled
 from ..record import Recorder
 from .eviction import evicting_cache
@@ -67,21 +66,19 @@ class Prefilled:
     def backend_for(self, method: Method) -> str:
         """What decodes a method: "sdpa" for dense attention, "eviction" for H2O, otherwise a backend.
 
-        That is the one asked for, or ("auto") the fused kernels, with index "lowrank" and no sliding windows, where
-        they can run. Elsewhere "auto" is the reference here, which selects and attends to the same: compiling every
-        configuration of a comparison would take longer than running it.
+        That is the one asked for, or ("auto") the fused kernels where they can run. Elsewhere "auto" is the reference
+        here, which selects and attends to the same: compiling every configuration of a comparison would take longer
+        than running it.
         """
         if method.cfg is None:
             return "sdpa"
-        return "eviction" if method.evicts else self._chosen(method.cfg)
+        return "eviction" if method.evicts else self._chosen()
 
-    def _chosen(self, cfg: TLSConfig) -> Backend:
+    def _chosen(self) -> Backend:
         if self._backend != "auto":
             return self._backend
         device = self.model.device
-        windows = any(layer.window is not None for layer in self._cache.tls_layers)
-        here = device.type == "cuda" and why_not_here(device) is None
-        return "triton" if here and why_not_by_default(cfg, windows) is None else "reference"
+        return "triton" if device.type == "cuda" and why_not_here(device) is None else "reference"
 
     @property
     def head_dim(self) -> int:
@@ -99,7 +96,7 @@ class Prefilled:
             with enabled(self.model):
                 yield self._step(self._evicting(cfg))
             return
-        self._cache.tls_layers[0].shared.backend = self._chosen(cfg)
+        self._cache.tls_layers[0].shared.backend = self._chosen()
         with torch.no_grad():
             self._index_again(cfg)
         self._cache.recorder = recorder

@@ -41,7 +41,7 @@ ABLATION: dict[str, tuple[str, ...]] = {
 # Bytes of the index against what is lost, at equal budgets
 FRONTIER = (
     *(f"ours:label_dims={dims}:label_bits={bits}" for dims in (8, 16, 24, 32, 48, 64) for bits in (2, 4, 8)),
-    *(f"ours:label_dims={dims}:block_size={size}" for dims in (8, 16, 24, 32, 48, 64) for size in (16, 64)),
+    *(f"ours:label_dims={dims}:block_size={size}" for dims in (8, 16, 24, 32, 48, 64) for size in (32, 64)),
     *(f"ours:label_dims={dims}:block_reduce=logsumexp" for dims in (8, 16, 24, 32, 48, 64)),
     *(f"ours:label_dims={dims}:label_basis=channels" for dims in (8, 16, 32, 64)),
     *(
@@ -49,7 +49,7 @@ FRONTIER = (
         for kind in ("quest:group_reduce=max", "box", "mean")
         for dims in (8, 16, 32)
     ),
-    *(f"ours:label_bits={bits}" for bits in ("4+2", "4+4+2", "4+2+2+2", "4+4+2+2", "4+2:block_size=16")),
+    *(f"ours:label_bits={bits}" for bits in ("4+2", "4+4+2", "4+2+2+2", "4+4+2+2", "4+2:block_size=32")),
     "ours:label_bits=4+2+2+2:filter_dims=24",
     "quest_double_sparsity",
     "oracle",
@@ -95,17 +95,21 @@ def make_methods(
     return list(found.values()), left_out
 
 
-def ablation_of(base: Method, methods: Sequence[Method]) -> dict[str, list[Method]]:
-    """Of ``methods`` those that change one component of ``base``, by component, in the order of :data:`ABLATION`."""
-    found: dict[str, list[Method]] = {}
+def ablation_of(base: Method, methods: Sequence[Method]) -> dict[str, dict[str, Method]]:
+    """Of ``methods`` those that change one component of ``base``, in the order of :data:`ABLATION`.
+
+    Returns:
+        By component and change.
+    """
     assert base.cfg is not None
+    ours = {method.cfg: method for method in methods if method.name.split(":")[0] == BASE}
+    found: dict[str, dict[str, Method]] = {}
     for component, changes in ABLATION.items():
         for change in changes:
-            spec = f"{BASE}:{change}"
-            found.setdefault(component, []).extend(
-                m for m in methods if m.name == spec and m.cfg == _changed(spec, base.cfg)
-            )
-    return {component: changed for component, changed in found.items() if changed}
+            method = ours.get(_changed(f"{BASE}:{change}", base.cfg))
+            if method is not None and method.cfg != base.cfg:
+                found.setdefault(component, {})[change] = method
+    return found
 
 
 def _changed(spec: str, cfg: TLSConfig) -> TLSConfig | None:

@@ -139,7 +139,7 @@ def test_names_say_times_radius_and_channels() -> None:
 
 
 def test_level_1_reads_boxes_and_the_labels_that_are_left() -> None:
-    cfg = tls.TLSConfig(block_budget=384, token_budget=192)
+    cfg = tls.TLSConfig(block_size=32, block_budget=384, token_budget=192)
     for name, expected in (("boxes", 1), ("boxes:c8", 0.25), ("boxes:x2", 1 + 4), ("boxes:x4", 9), ("boxes:x9", 17)):
         assert Boxes.parse(name).level1_bytes(cfg, 64, 96, 16) == expected
     two = replace(cfg, label_bits=(4, 2))

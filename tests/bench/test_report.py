@@ -32,7 +32,7 @@ ORIGIN = {
     "model": "m", "dtype": "float32", "device": "cpu", "flex_tls": "0", "torch": "2", "transformers": "5",
     "commit": "0123456789abcdef", "date": "2026-01-01T00:00:00Z",
 }  # fmt: skip
-CFG = TLSConfig(block_size=32, block_budget=1024, token_budget=512, sink_tokens=32, recent_tokens=32)
+CFG = TLSConfig(block_budget=1024, token_budget=512, sink_tokens=32, recent_tokens=32)
 
 ON = {**MACHINE._asdict(), "gpu": "a GPU", "commit": "abc"}
 
@@ -50,9 +50,11 @@ OPERATORS = [
     operator("sdpa_cudnn_gqa", 137.0), operator("triton_total", 20.0),
     # Another run's, and a case without a dense row of ours' run
     operator("double_sparsity", 30.0, commit="def"), operator("triton_total", 20.0, case="other"),
-    # The default's time and a changed setting's, and one without the default's beside it
-    operator("triton_total", 20.0, case="qwen3-8b-b1-96k"), operator("triton_filter16", 19.0, case="qwen3-8b-b1-96k"),
-    operator("triton_total", 30.0, case="qwen3-8b-b1-96k-block16", commit="def"),
+    # The default's time and changed settings', other blocks too, and one without the default's beside it
+    operator("triton_total", 20.0, case="qwen3-8b-b1-96k", block_size=16),
+    operator("triton_filter16", 19.0, case="qwen3-8b-b1-96k", block_size=16),
+    operator("triton_total", 18.0, case="qwen3-8b-b1-96k-block64", block_size=64),
+    operator("triton_total", 30.0, case="qwen3-8b-b1-96k-block32", block_size=32, commit="def"),
     # Newer, but without a dense row beside it: the run before it stays
     operator("triton_total", 10.0, commit="def"),
     # Both levels of the first, and one level of a run without the other
@@ -179,14 +181,15 @@ def test_a_report_has_every_section_with_rows_and_the_command_of_every_other(tmp
     assert "| a GPU | `case` | 137 | 20.0 (6.8) |  |  |" in text
     assert "| a GPU | `other` |" not in text
     assert re.search(r"`filter_dims=16` \|.*\| cpu \| 0.95 \(a GPU, abc\) \|", text)
-    assert re.search(r"`ours:filter_dims=16` \|.*\| 8 \| 19.0 \| 20.0 \| 0.95 \| a GPU \| abc \|", text)
+    assert re.search(r"`filter_dims=16` \|.*\| 8 \| 19.0 \| 20.0 \| 0.95 \| a GPU \| abc \|", text)
     assert (
-        "| `32x4` | 3,072 | 32 | 1,024, 512 | 0.0100 | 0.50 (0.50-0.50) | 0.50 (0.50-0.50) | 16 | 16 | 32.0 | 8 |"
+        "| `32x4` | 3,072 | 16 | 1,024, 512 | 0.0100 | 0.50 (0.50-0.50) | 0.50 (0.50-0.50) | 16 | 16 | 32.0 | 8 |"
         in text
     )
     assert "`16x4`" not in text
     assert "--tokens 4224 --pool 2 --block-budget 1024 --token-budget 512 --providers async --texts 'prose'`" in text
-    assert re.search(r"`block_size=16` \|.*\|  \|", text)
+    assert re.search(r"`block_size=64` \|.*\| cpu \| 0.90 \(a GPU, abc\) \|", text)
+    assert re.search(r"`block_size=32` \|.*\|  \|", text)
     assert "| `two_level` | 5.00 (4.90 to 5.10) | 2.00 | 200 | 30 | abc |" in text
     assert "| `two_level_tuned` | 4.00 (3.90 to 4.10) |  | 250 | 30 | def |" in text
     assert "| a GPU | 98,304 | all | `offload_async` | 8 | 15.0 | 550 | 5.5 | 96.0% | 500 | 20 | abc |" in text
@@ -260,10 +263,10 @@ def test_targets_say_what_holds_what_is_missed_and_what_bounds_it() -> None:
     pairs = {
         "ours": (0.004, 1.02),
         "oracle": (0.003, 1.01),
-        "quest_double_sparsity": (0.02, 1.05),
-        "ours:block_size=16": (0.002, 1.001),
+        "quest_double_sparsity:block_size=32": (0.02, 1.05),
+        "ours:group_reduce=softmax_max": (0.002, 1.001),
     }
-    base = TLSConfig(block_size=32, block_budget=1792, token_budget=896, sink_tokens=32, recent_tokens=32)
+    base = TLSConfig(block_budget=1792, token_budget=896, sink_tokens=32, recent_tokens=32)
     found: list[rows.Row] = [
         rows.PplRow(
             eval="ppl", **ORIGIN, method=m.name, config=m.config, backend="", **cost(m, 64, 7168)._asdict(),
@@ -281,12 +284,12 @@ def test_targets_say_what_holds_what_is_missed_and_what_bounds_it() -> None:
     lines = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in text.splitlines() if line.startswith("| 1/")}
     assert lines["1/4, 1/8: KL"][2] == "holds"
     assert lines["1/4, 1/8: perplexity above dense"][1:4] == [
-        "+2.00% (+2.00% to +2.00%)", "missed", "`ours:block_size=16` +0.10% (+0.10% to +0.10%)"
+        "+2.00% (+2.00% to +2.00%)", "missed", "`ours:group_reduce=softmax_max` +0.10% (+0.10% to +0.10%)"
     ]  # fmt: skip
     assert "`oracle` +1.00%" in lines["1/4, 1/8: perplexity above dense"][4]
     assert lines["1/4, 1/8: KL over the oracle's"][1:3] == ["1.333 (1.333 to 1.333)", "holds"]
     (rival,) = (cells for name, cells in lines.items() if "Quest" in name and name.startswith("1/4"))
-    assert rival[1:4] == ["5.0 (5.0 to 5.0)", "missed", "`ours:block_size=16` 10.0 (10.0 to 10.0)"]
+    assert rival[1:4] == ["5.0 (5.0 to 5.0)", "missed", "`ours:group_reduce=softmax_max` 10.0 (10.0 to 10.0)"]
     (retrieval,) = (cells for name, cells in lines.items() if "all 8 tasks, 16 samples of 8,000 tokens" in name)
     assert retrieval[2] == "missed, open"
     assert retrieval[4].startswith("`oracle` 0.0%")
@@ -296,12 +299,12 @@ def test_targets_say_what_holds_what_is_missed_and_what_bounds_it() -> None:
 
 
 def test_commands_are_those_of_the_rows_and_run() -> None:
-    found = [row for row in ppl_rows("comparison", "ours:block_size=16") if isinstance(row, rows.PplRow)]
+    found = [row for row in ppl_rows("comparison", "ours:block_size=32") if isinstance(row, rows.PplRow)]
     scaled = [replace(row, model="m, RoPE yarn:2", document="confirming/x", context_tokens=9000) for row in found[:3]]
     text = text_commands("compare", [*found, *scaled])
     assert (
         "`flex-tls eval compare out/texts --documents 3 --context-tokens 4096 --score-tokens 8 --dtype float32 "
-        "--block-budget 1024 --token-budget 512`, as `eval ppl` with `--methods ours:block_size=16`"
+        "--block-budget 1024 --token-budget 512`, as `eval ppl` with `--methods ours:block_size=32`"
     ) in text
     assert "compare out/texts/confirming --documents 1 --context-tokens 9000" in text
     assert "--rope yarn:2" in text

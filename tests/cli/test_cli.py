@@ -56,8 +56,8 @@ def test_inspect_explains_a_model_without_its_weights(model_folder: Path, tmp_pa
     found = json.loads(out.read_text())
     assert [line["layers"] for line in found["layers"]] == ["0-1", "2-3"]
     assert [line["attention"] for line in found["layers"]] == ["full", "two-level"]
-    assert [line["block budget"] for line in found["layers"]] == ["-", "224"]
-    assert found["layers"][1]["tokens"] == "224"
+    assert [line["block budget"] for line in found["layers"]] == ["-", "240"]
+    assert found["layers"][1]["tokens"] == "240"
     assert "1 x 1,000 tokens, float32 on cpu" in found["decode step"]["cache"]
 
 

@@ -21,7 +21,7 @@ from flex_tls.evaluate.tasks import TASKS
 
 runner = CliRunner()
 
-BUDGETS = ["--block-size", "16", "--block-budget", "1/2,1/4", "--token-budget", "1/4,1/8", "--backend", "reference"]
+BUDGETS = ["--block-size", "16", "--block-budget", "3/4,1/2", "--token-budget", "1/2,1/4", "--backend", "reference"]
 SOME = ["dense", "ours", "quest", "window", "oracle", "ours:label_bits=8"]
 
 

@@ -189,8 +189,8 @@ def test_errors_name_what_was_expected() -> None:
             call()  # type: ignore[no-untyped-call]
 
 
-def test_auto_takes_flex_with_a_users_mod_and_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU that has the fused kernels: without the mod it takes those."""
+def test_auto_takes_flex_with_a_score_mod_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that has the fused kernels: those take masks and every kind of index."""
     taken = []
 
     def resolve(backend: Any, device: torch.device, obstacle: str | None) -> str:
@@ -203,9 +203,11 @@ def test_auto_takes_flex_with_a_users_mod_and_what_was_not_measured(monkeypatch:
     mods: tuple[dict[str, Any], ...] = ({}, {"mask_mod": lambda b, h, q, k: k >= 0}, {"score_mod": lambda s, *_: s})
     for chosen in mods:
         attend(case.q, case.k, case.v, case.index(), CFG, **chosen)
-    boxes = make(dataclasses.replace(CFG, index="box"), lens=[60], s=64)
-    attend(boxes.q, boxes.k, boxes.v, boxes.index(), boxes.cfg)
-    assert taken == ["triton", "flex", "flex", "flex"]
+    assert taken == ["triton", "triton", "flex"]
+    for kind in ("box", "quest", "mean", "oracle"):
+        other = make(dataclasses.replace(CFG, index=kind), lens=[60], s=64)
+        attend(other.q, other.k, other.v, other.index(), other.cfg)
+    assert taken[3:] == ["triton"] * 4
 
 
 @given(case=cases(), piece=st.integers(1, 300))

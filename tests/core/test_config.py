@@ -29,7 +29,7 @@ import flex_tls as tls
         ({"label_dims": 0}, r"label_dims: expected an integer of at least 1, got 0"),
         ({"recent_tokens": 0}, r"recent_tokens: expected an integer of at least 1, got 0"),
         ({"sink_tokens": 1.5}, r"sink_tokens: expected an integer of at least 0, got 1.5"),
-        ({"block_budget": 128}, r"block_budget: expected at least 160 tokens.*got 128; raise the budget"),
+        ({"block_budget": 128}, r"block_budget: expected at least 144 tokens.*got 128; raise the budget"),
         ({"token_budget": 100}, r"token_budget: expected at least sink_tokens \+ recent_tokens = 128, got 100"),
         ({"token_budget": 9000}, r"token_budget: expected at most block_budget = 8192, got 9000"),
         ({"dense_layers": -1}, r"dense_layers: expected an integer of at least 0, got -1"),
@@ -80,18 +80,18 @@ def test_dense_layers_are_the_first_ones_or_those_named() -> None:
 
 
 @given(
-    st.lists(st.floats(0.01, 4), min_size=1, max_size=9), st.integers(6, 90), st.sampled_from((None, 160, 170)),
+    st.lists(st.floats(0.01, 4), min_size=1, max_size=9), st.integers(11, 90), st.sampled_from((None, 160, 170)),
     st.integers(0, 3),
 )  # fmt: skip
 def test_layers_keep_their_share_of_the_block_budget(
     shares: list[float], blocks: int, token_budget: int | None, dense_layers: int
 ) -> None:
     cfg = tls.TLSConfig(
-        block_budget=32 * blocks, token_budget=token_budget, block_shares=tuple(shares), dense_layers=dense_layers
+        block_budget=16 * blocks, token_budget=token_budget, block_shares=tuple(shares), dense_layers=dense_layers
     )
     # As it comes back from JSON
     assert tls.TLSConfig(**{**dataclasses.asdict(cfg), "block_shares": list(shares)}) == cfg
-    least = max(cfg.forced_blocks, -(-(token_budget or 0) // 32))
+    least = max(cfg.forced_blocks, -(-(token_budget or 0) // 16))
     layers = [cfg.for_layer(i) for i in range(len(shares))]
     for share, layer in zip(shares, layers, strict=True):
         assert layer.block_shares is None

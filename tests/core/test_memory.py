@@ -60,7 +60,7 @@ def test_a_cache_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPat
     with pytest.raises(MemoryError, match=rf"bytes needed on cpu .*, {room:,} are free; max_len=\d+ is") as caught:
         make(5000)
     longest = int(re.findall(r"max_len=(\d+) is the longest", str(caught.value))[0])
-    assert longest == 1024
+    assert longest == 1008
     assert make(longest).nbytes == room
     monkeypatch.setattr(footprint_module, "free_bytes", lambda device: 10)
     with pytest.raises(MemoryError, match="no length fits with batch_size=3, got max_len=5000"):

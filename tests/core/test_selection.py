@@ -167,7 +167,7 @@ def test_errors_name_what_was_expected() -> None:
         tls.select_blocks(case.q[:, :3], index, case.cfg)
     with pytest.raises(ValueError, match=r"q: expected at least 1 query token"):
         tls.select_blocks(case.q[:, :, :0], index, case.cfg)
-    with pytest.raises(ValueError, match=r"cfg: expected the index's block_size=32.*got 64"):
+    with pytest.raises(ValueError, match=r"cfg: expected the index's block_size=16.*got 64"):
         tls.select_blocks(case.q, index, tls.TLSConfig(block_size=64))
     index.reset()
     with pytest.raises(ValueError, match=r"index: expected at least 1 token, got an empty index"):
