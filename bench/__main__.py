@@ -419,7 +419,7 @@ def _parser() -> argparse.ArgumentParser:
     texts = commands.add_parser("corpus", help="fetch the texts that accuracy is measured on")
     texts.add_argument("--out", type=Path, default=rows.ROOT / "out" / "texts")
     texts.set_defaults(command=corpus)
-    carried = commands.add_parser("carry", help="weights in two halves, wheels and texts, for a machine offline")
+    carried = commands.add_parser("carry", help="weights in three parts, wheels and texts, for a machine offline")
     carried.add_argument("--out", type=Path, default=rows.ROOT / ".carry")
     carried.set_defaults(command=carry)
     reported = commands.add_parser("report", help="docs/report.md and its pictures, from rows of flex-tls eval")
