@@ -218,8 +218,10 @@ class _Run:
         """Providers that have no row of this case yet."""
         bench = "prefill" if self.args.command is run_prefill else "decode"
         cfg, m = self.cfg, self.machine
-        case = (m.gpu, m.commit, bench, self.args.model, self.n_layers, b, context, cfg.block_budget, cfg.token_budget)
-        return [name for name in names if (*case, name) not in self.done]
+        case = (m.gpu, m.commit, bench, self.args.model, self.n_layers, b, context)
+        budgets = cfg.block_budget, cfg.token_budget
+        keys = {name: (*case, rows.blocks_of(name, cfg.block_size), *budgets, name) for name in names}
+        return [name for name, key in keys.items() if key not in self.done]
 
     def has_time(self, case: str) -> bool:
         """Whether another case would likely end in time."""

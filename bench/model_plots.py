@@ -117,8 +117,10 @@ def _value(row: ModelRow, steps: bool) -> float:
 
 
 def _curves(axes: Axes, rows: Sequence[ModelRow], label: str, steps: bool) -> None:
-    for provider in dict.fromkeys(row.provider for row in rows):
-        line = sorted((row for row in rows if row.provider == provider), key=lambda row: row.context)
+    for provider, size in dict.fromkeys((row.provider, row.blocks_of) for row in rows):
+        some = (row for row in rows if (row.provider, row.blocks_of) == (provider, size))
+        line = sorted(some, key=lambda row: row.context)
+        name = provider if size is None else f"{provider}, blocks of {size}"
         y = [_value(row, steps) for row in line]
         spread = [
             [max(0.0, row.ms_median - row.ms_p10) for row in line],
@@ -126,7 +128,7 @@ def _curves(axes: Axes, rows: Sequence[ModelRow], label: str, steps: bool) -> No
         ]
         axes.errorbar(
             [row.context for row in line], y, yerr=spread if steps else None, marker="o", ms=3.5, capsize=2,
-            label=f"{provider} {y[-1]:.3g}", color=COLOURS.get(provider, OTHER),
+            label=f"{name} {y[-1]:.3g}", color=COLOURS.get(provider, OTHER),
         )  # fmt: skip
     floors = [row.weights_floor_ms for row in rows if row.weights_floor_ms is not None]
     if steps and floors:

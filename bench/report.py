@@ -211,8 +211,8 @@ def _ablation(found: Sequence[Row], pictures: Path, base: Path, results: Path) -
         return
     yield (
         "One change at a time; a ratio above 1 is worse. Time: the operator's at 96k tokens and B=1, "
-        "Qwen3-8B's shape, budgets of 8,192 and 1,024 tokens, over the defaults' in the same run (GPU, commit). The "
-        "last but two: the same multiple on the held-out documents alone.\n"
+        "Qwen3-8B's shape, budgets of 8,192 and 1,024 tokens, over the unchanged one's in the same run (GPU, commit). "
+        "The last but two: the same multiple on the held-out documents alone.\n"
     )
     for number, (line, changes) in enumerate(studies):
         times = ablated_times(results, line)

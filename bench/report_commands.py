@@ -32,10 +32,14 @@ def text_commands(name: str, rows: Sequence[PplRow] | Sequence[AttentionRow]) ->
             f"{first.score_tokens} --dtype {first.dtype}{_budgets(group)}" + f" --rope {rope}" * bool(scaled)
         )
         members = {"dense", *(SETS[COMMANDS[name]] if name in COMMANDS else ())}
+        names = {row.method for row in group}
+        # Some members are no set
+        whole = len(names & members) > len(members) / 2
+        members = members if whole else {"dense"}
         others = ",".join(x for x in _unique(row.method for row in group) if x not in members)
         if name not in COMMANDS:
             found.append(f"`flex-tls eval {name} {options} --methods {others}`")
-        elif any(row.method in members for row in group):
+        elif whole:
             found.append(f"`flex-tls eval {name} {options}`")
             if others:
                 found[-1] += f", as `eval ppl` with `--methods {others}`"

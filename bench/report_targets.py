@@ -149,7 +149,12 @@ def _retrieval_targets(found: Sequence[Row]) -> Iterator[Target]:
             yield Target(f"1/4, 1/8: score lost in retrieval, {what}", 0.01, "{:.1%}".format, lambda m: None)
             continue
         best = max(ours, key=lambda x: (x.length_tokens >= LEAST_TOKENS, x.n_samples))
-        same = {x.method: x for x in lines if x.length_tokens == best.length_tokens and x.tasks == best.tasks}
+        # Others on as many samples alone: a mean over other questions is no comparison
+        same = {
+            x.method: x
+            for x in lines
+            if (x.length_tokens, x.tasks, x.n_samples) == (best.length_tokens, best.tasks, best.n_samples)
+        }
         name = f"1/4, 1/8: score lost in retrieval, {what}, {best.n_samples} samples of {best.length_tokens:,} tokens"
         name += ", which is not 8k" * (best.length_tokens < LEAST_TOKENS)
         yield Target(name, 0.01, "{:.1%}".format, lambda m, same=same: _loss(same, m), ("oracle",))
@@ -177,10 +182,11 @@ def _small_index(found: Sequence[Row], lines: Sequence[PplSummary]) -> Iterator[
         for pair in (WIDE, NARROW):
             at = {x.method: x for x in lines if x.span == span and pair_of(x) == pair}
             small = [x for x in at.values() if 0 < x.index_share <= 0.032 and x.method.startswith(BASE)]
-            oracle = next((name for name in ORACLES if name in at), None)
-            if oracle is None or not small:
+            small = [x for x in small if oracle_of(x.method) in at]
+            if not small:
                 continue
             best = min(small, key=lambda x: x.kl.mean)
+            oracle = oracle_of(best.method)
             target = Target("", 2, "{:.2f}".format, lambda _: None)
             x = kl_ratio(found, best, at[oracle])
             yield (

@@ -114,6 +114,11 @@ class ProductRow(Timed):
     floor_us: float
 
 
+def blocks_of(provider: str, block_size: int | None) -> int | None:
+    """``block_size`` where a step of ``provider`` selects blocks, else None."""
+    return None if provider.startswith(("dense", "transformers")) else block_size
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelRow(Measured):
     """One provider's time for a whole model: a decode step (bench "decode") or a prompt (bench "prefill").
@@ -153,11 +158,16 @@ class ModelRow(Measured):
     fetched_bytes: float | None = None
 
     @property
+    def blocks_of(self) -> int | None:
+        """Tokens a block where the provider selects any; None of dense ones, and in older rows."""
+        return blocks_of(self.provider, self.block_size)
+
+    @property
     def key(self) -> tuple[object, ...]:
         """Two rows of one key measured the same thing on the same commit."""
         return (
-            self.gpu, self.commit, self.bench, self.case, self.n_layers, self.B, self.context, self.block_budget,
-            self.token_budget, self.provider,
+            self.gpu, self.commit, self.bench, self.case, self.n_layers, self.B, self.context, self.blocks_of,
+            self.block_budget, self.token_budget, self.provider,
         )  # fmt: skip
 
 

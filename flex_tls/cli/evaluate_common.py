@@ -57,9 +57,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 BackendName = Annotated[
     str,
-    typer.Option(
-        "--backend", help="reference, flex or triton; auto: triton where it can run with index lowrank, else reference."
-    ),
+    typer.Option("--backend", help="reference, flex or triton; auto: triton where it can run, else reference."),
 ]
 RowsFile = Annotated[
     Path | None, typer.Option("--out", help="Rows file (JSONL), appended to; what it holds is not measured again.")

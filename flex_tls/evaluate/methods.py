@@ -180,7 +180,9 @@ def make_method(spec: str, cfg: TLSConfig, context_tokens: int) -> Method:
         return Method(DENSE, None)
     if name not in METHODS:
         raise ValueError(f"method: expected one of {', '.join((DENSE, *METHODS))}, got {name!r}")
-    made = METHODS[name](cfg, context_tokens)
+    # Of blocks that a method is made for: a window's budget is whole blocks
+    size = next((x.partition("=")[2] for x in settings if x.startswith("block_size=")), "")
+    made = METHODS[name](replace(cfg, block_size=int(size)) if size.isdigit() else cfg, context_tokens)
     known = {field.name for field in fields(TLSConfig)}
     changes: dict[str, Any] = {}
     for setting in settings:

@@ -34,6 +34,13 @@ def model_row(**changes: object) -> ModelRow:
     return dataclasses.replace(row, **changes)  # type: ignore[arg-type]
 
 
+def test_steps_in_other_blocks_are_other_rows_but_for_dense_ones() -> None:
+    for provider, size in (("two_level_skinny", 16), ("dense_skinny", None), ("transformers_static", None)):
+        rows_of = [model_row(provider=provider, block_size=n) for n in (None, 16)]
+        assert [row.blocks_of for row in rows_of] == [None, size]
+        assert (rows_of[0].key == rows_of[1].key) == (size is None)
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No measuring of the read bandwidth."""

@@ -113,6 +113,15 @@ def test_settings_change_the_method() -> None:
     assert (cfg.label_dims, cfg.filter_dims, cfg.block_reduce, cfg.box_radius) == (16, None, "logsumexp", 0.5)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_are_made_for_the_blocks_that_they_name(name: str) -> None:
+    small, large = (
+        tls.TLSConfig(block_size=size, block_budget=1024, token_budget=512, sink_tokens=32, recent_tokens=32)
+        for size in (16, 32)
+    )
+    assert make_method(f"{name}:block_size=32", small, 4000).cfg == make_method(name, large, 4000).cfg
+
+
 def test_values_may_be_multiples_and_layers() -> None:
     cfg = make_method("ours:block_budget=x2:token_budget=x1/2:dense_layers=8+0", BASE, 400).cfg
     assert cfg is not None
