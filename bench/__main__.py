@@ -284,9 +284,6 @@ def plot_operator(args: argparse.Namespace) -> int:
     found = rows.latest(row for row in rows.read(args.rows) if row.bench == "operator")
     if not found:
         raise ValueError(f"rows: {args.rows} holds none of the operator bench; run `python -m bench run operator`")
-    # Of a case as it is now: its name may have meant another block size once
-    known = {name: case.block_size for name, case in cases.CASES.items()}
-    found = [row for row in found if row.block_size == known.get(row.case, row.block_size)]
     # One picture, one machine: that of the newest row
     gpu = max(found, key=lambda row: row.date).gpu
     found = [row for row in found if row.gpu == gpu]
@@ -383,7 +380,7 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--context", type=options.numbers, default=[16384, 32768, 65536, 98304, 131072, 262144])
     synthetic.add_argument("--block-budget", type=int, default=8192)
     synthetic.add_argument("--token-budget", type=int, default=1024)
-    synthetic.add_argument("--block-size", type=int, default=cases.BLOCK_SIZE)
+    synthetic.add_argument("--block-size", type=int, default=cases.Case.block_size)
     synthetic.add_argument("--kv-heads", type=int, default=2)
     synthetic.add_argument("--seeds", type=int, default=3)
     synthetic.add_argument("--out", type=Path, default=ROWS.with_name("synthetic.jsonl"))

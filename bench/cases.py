@@ -14,7 +14,6 @@ from flex_tls._check import dtype_name
 # What the leanest provider reads of all input sets together: five times the L2 cache of an H100
 ROTATED_BYTES = 250e6
 MAX_SETS = 32
-BLOCK_SIZE = tls.TLSConfig().block_size
 LENGTHS_K = (8, 16, 32, 48, 64, 96, 128, 256)
 BATCH_SIZES = (1, 16, 4, 8, 2, 32)
 
@@ -29,7 +28,7 @@ class Case:
     HKV: int
     D: int
     S: int
-    block_size: int = BLOCK_SIZE
+    block_size: int = tls.TLSConfig.block_size
     block_budget: int = 8192
     token_budget: int = 1024
     dtype: torch.dtype = torch.bfloat16

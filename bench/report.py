@@ -175,8 +175,7 @@ def _compared_spans(lines: Sequence[PplSummary]) -> set[tuple[int, int]]:
 
 def _published(method: str) -> bool:
     """Whether it is of the comparison, in blocks of any size."""
-    kind, *changes = method.split(":")
-    return kind in COMPARISON and all(change.startswith("block_size=") for change in changes)
+    return _without_blocks(method) in COMPARISON
 
 
 def _compared(method: str) -> bool:
@@ -214,8 +213,11 @@ def _ablation(found: Sequence[Row], pictures: Path, base: Path, results: Path) -
         "Qwen3-8B's shape, budgets of 8,192 and 1,024 tokens, over the unchanged one's in the same run (GPU, commit). "
         "The last but two: the same multiple on the held-out documents alone.\n"
     )
+    sizes = {line.config["block_size"] for line, _ in studies if line.config is not None}
+    times = {size: ablated_times(results, size) for size in sizes}
     for number, (line, changes) in enumerate(studies):
-        times = ablated_times(results, line)
+        assert line.config is not None
+        beside = times[line.config["block_size"]]
         path = pictures / f"ablation{number or ''}.svg"
         plot_ablation(line, changes, path)
         yield f"![KL of each change, as a multiple]({markdown.link(path, base)})\n"
@@ -226,7 +228,7 @@ def _ablation(found: Sequence[Row], pictures: Path, base: Path, results: Path) -
         table.append(("", "none", markdown.interval(line.kl, 4), "1", "1", *_bytes(line), _devices(found, line), "1"))
         table += [
             (component, f"`{change}`", markdown.interval(x.kl, 4), markdown.interval(ratio, 2),
-             _half(found, x, HALVES[1], line), *_bytes(x), _devices(found, x), times.get(change, ""))
+             _half(found, x, HALVES[1], line), *_bytes(x), _devices(found, x), beside.get(change, ""))
             for component, change, x, ratio in changes
         ]  # fmt: skip
         yield markdown.table(table)
@@ -245,8 +247,8 @@ def _frontier(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
     command = _of_many_methods("frontier")
     # What the frontier varies, at the budgets and over the documents that most of it was measured at
     names = {BASE, *FRONTIER, *(f"{BASE}:label_dims={n}" for n in (8, 16, 24, 32, 48, 64))}
-    names = {re.sub(":block_size=[0-9]+", "", name) for name in names}
-    lines = [x for x in summarise_ppl(found) if x.config is not None and _without_blocks(x) in names]
+    names = {_without_blocks(name) for name in names}
+    lines = [x for x in summarise_ppl(found) if x.config is not None and _without_blocks(x.method) in names]
     groups: dict[tuple[object, ...], list[PplSummary]] = {}
     for line in lines:
         assert line.config is not None
@@ -279,8 +281,8 @@ def _frontier(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]
         yield markdown.table(table)
 
 
-def _without_blocks(line: PplSummary) -> str:
-    return re.sub(":block_size=[0-9]+", "", line.method)
+def _without_blocks(method: str) -> str:
+    return re.sub(":block_size=[0-9]+", "", method)
 
 
 def _attention(found: Sequence[Row], pictures: Path, base: Path) -> Iterator[str]:

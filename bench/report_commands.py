@@ -31,12 +31,11 @@ def text_commands(name: str, rows: Sequence[PplRow] | Sequence[AttentionRow]) ->
             f"{folder} --documents {len(documents)} --context-tokens {first.context_tokens} --score-tokens "
             f"{first.score_tokens} --dtype {first.dtype}{_budgets(group)}" + f" --rope {rope}" * bool(scaled)
         )
+        methods = _unique(row.method for row in group)
         members = {"dense", *(SETS[COMMANDS[name]] if name in COMMANDS else ())}
-        names = {row.method for row in group}
         # Some members are no set
-        whole = len(names & members) > len(members) / 2
-        members = members if whole else {"dense"}
-        others = ",".join(x for x in _unique(row.method for row in group) if x not in members)
+        whole = len(members.intersection(methods)) > len(members) / 2
+        others = ",".join(x for x in methods if x not in (members if whole else {"dense"}))
         if name not in COMMANDS:
             found.append(f"`flex-tls eval {name} {options} --methods {others}`")
         elif whole:
@@ -80,7 +79,7 @@ def _budgets(rows: Sequence[Any]) -> str:
     )
     blocks, tokens = (",".join(str(pair[i]) for pair in pairs) for i in (0, 1))
     sizes = {row.config["block_size"] for row in sparse if row.method == name and "block_size=" not in name}
-    size = "".join(f" --block-size {n}" for n in sizes - {TLSConfig().block_size})
+    size = "".join(f" --block-size {n}" for n in sizes - {TLSConfig.block_size})
     return f" --block-budget {blocks} --token-budget {tokens}{size}" if pairs else ""
 
 

@@ -17,7 +17,7 @@ from flex_tls.evaluate.summary import PplSummary, kl_ratio, summarise_ppl
 
 from . import markdown
 from .report_targets import LEAST_DOCUMENTS, WIDE, pair_of
-from .rows import Row, read
+from .rows import Row, most_sampled, read
 
 # Settings that the operator bench has, at 96k tokens and B=1: the ending of a case's name, and a provider
 CASE = "qwen3-8b-b1-96k"
@@ -51,13 +51,10 @@ def timed(results: Path, block_size: int) -> dict[str, tuple[Row, Row]]:
     """The newest row of each of :data:`METHODS` in blocks of ``block_size``, and that of ours in the same run (GPU and
     commit), by method."""
     runs: dict[tuple[str, str], dict[tuple[str, int, str], Row]] = {}
-    for row in sorted(read(results / "operator.jsonl"), key=lambda row: row.date):
+    for row in most_sampled(sorted(read(results / "operator.jsonl"), key=lambda row: row.date)):
         if row.inputs == "rotated" and row.case.startswith(CASE):
             ending = row.case.removeprefix(CASE).removesuffix(f"-block{row.block_size}")
-            run = runs.setdefault((row.gpu, row.commit), {})
-            key = ending, row.block_size, row.provider
-            # Of two processes at one commit, that of more samples
-            run[key] = max(run.get(key, row), row, key=lambda row: row.runs)
+            runs.setdefault((row.gpu, row.commit), {})[ending, row.block_size, row.provider] = row
     found = {}
     for run in runs.values():
         base = run.get(("", block_size, "triton_total"))
@@ -69,12 +66,11 @@ def timed(results: Path, block_size: int) -> dict[str, tuple[Row, Row]]:
     return found
 
 
-def ablated_times(results: Path, line: PplSummary) -> dict[str, str]:
-    """How much longer the operator takes with a change of ``line`` than without it in the same run, by the change."""
-    assert line.config is not None
+def ablated_times(results: Path, block_size: int) -> dict[str, str]:
+    """How much longer the operator takes with a change than without it in the same run, by the change."""
     return {
         method.partition(":")[2]: f"{row.median_us / base.median_us:.2f} ({markdown.gpu(row.gpu)}, {row.commit[:7]})"
-        for method, (row, base) in timed(results, line.config["block_size"]).items()
+        for method, (row, base) in timed(results, block_size).items()
         if ":" in method
     }
 
@@ -126,12 +122,11 @@ def _points(found: Sequence[EvalRow], results: Path) -> Iterator[_Point]:
     lines = [x for x in summarise_ppl(found) if x.config is not None]
     studies = [x for x in ablations(found) if pair_of(x[0]) == WIDE and x[0].n_documents >= LEAST_DOCUMENTS]
     studies.sort(key=lambda x: -x[0].score_tokens)
+    studies = [x for x in studies if x[0].method == studies[0][0].method]
+    sizes = {base.config["block_size"] for base, _ in studies if base.config is not None}
+    times = {name: rows for size in sizes for name, rows in timed(results, size).items()}
     seen = set()
     for base, changes in studies:
-        if base.method != studies[0][0].method:
-            continue
-        assert base.config is not None
-        times = timed(results, base.config["block_size"])
         some = [(f"{BASE}:{change}", ratio) for _, change, _, ratio in changes]
         some += [
             (name, kl_ratio(found, x, base))

@@ -14,7 +14,7 @@ from flex_tls.cli.figures import save
 from .markdown import link, table
 from .model_plots import COLOURS
 from .models import SIZES
-from .rows import ModelRow, Row, read
+from .rows import ModelRow, Row, most_sampled, read
 
 # Columns of the operator's table; ratios are to the first
 DENSE = "sdpa_cudnn_gqa"
@@ -43,11 +43,9 @@ def _operator(results: Path, base: Path) -> Iterator[str]:
     yield "## One token's attention\n"
     command = "python -m bench run operator --suite sweep --resume"
     runs: dict[tuple[str, str, str], dict[str, Row]] = {}
-    for row in read(results / "operator.jsonl"):
+    for row in most_sampled(read(results / "operator.jsonl")):
         if row.inputs == "rotated" and row.provider in OPERATORS:
-            run = runs.setdefault((row.gpu, row.case, row.commit), {})
-            # Of two processes at one commit, that of more samples
-            run[row.provider] = max(run.get(row.provider, row), row, key=lambda row: row.runs)
+            runs.setdefault((row.gpu, row.case, row.commit), {})[row.provider] = row
     # Of one run each, so that a ratio is of what took turns: the last that has both sides of it
     whole = {key[:2]: found for key, found in runs.items() if found.keys() >= {DENSE, "triton_total"}}
     if not whole:
@@ -94,8 +92,7 @@ def _steps(steps: Sequence[ModelRow], results: Path, base: Path) -> Iterator[str
         rows.append((
             row.gpu, row.case, str(row.n_layers), str(row.B), f"{row.context:,}", f"`{row.provider}`",
             str(row.blocks_of or ""), f"{row.ms_median:.2f} ({row.ms_p10:.2f} to {row.ms_p90:.2f})", ratio,
-            f"{row.tokens_per_second:,.0f}",
-            str(row.runs), row.commit[:7],
+            f"{row.tokens_per_second:,.0f}", str(row.runs), row.commit[:7],
         ))  # fmt: skip
     yield table(rows)
 

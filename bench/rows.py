@@ -238,6 +238,15 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return list(newest.values())
 
 
+def most_sampled(rows: Iterable[Row]) -> list[Row]:
+    """One row of each (gpu, commit, case, provider, stage, inputs): of several processes', the one of most samples."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        key = (row.gpu, row.commit, row.case, row.provider, row.stage, row.inputs)
+        found[key] = max(found.get(key, row), row, key=lambda row: row.runs)
+    return list(found.values())
+
+
 def machine(device: torch.device, commit: str | None = None, dirty: bool = False) -> Machine:
     """Where and on what a run happens. ``commit`` and ``dirty`` are asked of git unless ``commit`` is given."""
     if commit is None:

@@ -12,7 +12,7 @@ from ..config import TLSConfig
 from ..offload import OffloadConfig
 from .weights import load_smollm2
 
-BLOCK_SIZE = TLSConfig().block_size
+BLOCK_SIZE = TLSConfig.block_size
 # Sinks, and the recent window: half of TLSConfig's, since demos and evaluations have small budgets
 EDGE_TOKENS = 32
 BlockSize = Annotated[int, typer.Option(help="Tokens per block: 16, 32, 64 or 128.")]
